@@ -1,0 +1,1 @@
+"""The graph IR: one Program, how it is captured, written down, rewritten, verified and run."""

@@ -1,0 +1,48 @@
+"""How two results differ. Functions of tensors; undefined where dtypes or shapes differ (that raises ValueError)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def bit_equal(a: Any, b: Any) -> bool:
+    """Whether two results are the same bits: -0.0 is not 0.0, a NaN equals the same NaN."""
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return type(a) is type(b) and (a == b or repr(a) == repr(b))
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(_bits(a), _bits(b))
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype == torch.bool:
+        return tensor
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _comparable(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if a.shape != b.shape:
+        raise ValueError(f"shapes differ: {tuple(a.shape)} and {tuple(b.shape)}")
+    wide = torch.complex128 if a.is_complex() else torch.float64
+    return a.detach().to(wide).flatten(), b.detach().to(wide).flatten()
+
+
+def max_abs(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The greatest absolute difference; 0 where both are NaN or the same infinity, inf where only one is."""
+    x, y = _comparable(a, b)
+    same = (x == y) | (x.isnan() & y.isnan())
+    difference = torch.where(same, 0.0, (x - y).abs())
+    difference = torch.where(difference.isnan(), float("inf"), difference)
+    return float(difference.max()) if difference.numel() else 0.0
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The cosine of the angle between two results, flattened; 1 for equal ones, also when both are zero."""
+    x, y = _comparable(a, b)
+    norms = float(x.norm() * y.norm())
+    if norms == 0.0:
+        return 1.0 if torch.equal(x, y) else 0.0
+    return float((x @ y.conj()).real) / norms

@@ -1,0 +1,124 @@
+"""Everything private in torch that laconic touches, in one place. Works with torch 2.11 to 2.13."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import sympy
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._sympy.functions import CeilToInt, CleanDiv, FloorDiv, Max, Min, Mod, PythonMod
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.symbol import SymT, make_symbol
+
+__all__ = [
+    "FakeTensor",
+    "FakeTensorMode",
+    "expression",
+    "fake_mode",
+    "fake_tensor",
+    "int_oo",
+    "is_symbolic",
+    "new_symbol",
+    "quiet",
+    "storage_key",
+    "sym_int",
+]
+
+#: Functions that stand in torch's symbolic sizes, by the name that they print with.
+SIZE_FUNCTIONS: dict[str, Any] = {
+    "FloorDiv": FloorDiv,
+    "CleanDiv": CleanDiv,
+    "CeilToInt": CeilToInt,
+    "Mod": Mod,
+    "PythonMod": PythonMod,
+    "Max": Max,
+    "Min": Min,
+}
+
+
+def fake_mode() -> FakeTensorMode:
+    """A fresh fake tensor mode with a shape environment of its own."""
+    return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=False)
+
+
+def new_symbol(mode: FakeTensorMode, index: int, low: int, high: int | None, hint: int) -> sympy.Symbol:
+    """The symbol s<index> for a size in [low, high], whose example is `hint`."""
+    env = mode.shape_env
+    symbol = make_symbol(SymT.SIZE, index, positive=True, integer=True)
+    if hasattr(env, "add_backed_var_to_val"):
+        env.add_backed_var_to_val(symbol, hint)
+    else:  # torch 2.11
+        env.add_var_to_val(symbol, hint)
+    env.constrain_symbol_range(symbol, compiler_min=low, compiler_max=int_oo if high is None else high)
+    return symbol
+
+
+def sym_int(mode: FakeTensorMode, expr: sympy.Expr | int) -> int | torch.SymInt:
+    """The size `expr` as torch sees it, without adding a guard."""
+    if isinstance(expr, int) or expr.is_Integer:
+        return int(expr)
+    env = mode.shape_env
+    hint = int(expr.xreplace({s: sympy.Integer(symbol_hint(env, s)) for s in expr.free_symbols}))
+    return env.create_symintnode(expr, hint=hint)  # type: ignore[no-any-return]
+
+
+def expression(size: Any) -> int | sympy.Expr:
+    """A size as an int or a sympy expression; never guards, never specialises."""
+    if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        expr = size.node.expr
+        return int(expr) if isinstance(expr, sympy.Integer) else expr
+    return size
+
+
+def is_symbolic(value: Any) -> bool:
+    return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def fake_tensor(
+    mode: FakeTensorMode, shape: Any, stride: Any, dtype: torch.dtype, device: str
+) -> torch.Tensor:
+    """A fake tensor with these sizes, given as ints and sympy expressions."""
+    with mode:
+        return torch.empty_strided(
+            tuple(sym_int(mode, s) for s in shape),
+            tuple(sym_int(mode, s) for s in stride),
+            dtype=dtype,
+            device=device,
+        )
+
+
+@contextmanager
+def quiet(mode: FakeTensorMode) -> Iterator[None]:
+    """Run under `mode` without gradients and without a guard being added to its shape environment."""
+    with mode, torch.no_grad(), mode.shape_env.suppress_guards():
+        yield
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """The identity of a tensor's storage, fake or real; valid while the tensor lives."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def symbol_hint(env: ShapeEnv, symbol: sympy.Symbol) -> int:
+    """The example value of a symbol that export made."""
+    table = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val
+    return int(table[symbol])
+
+
+def free_symbols(value: Any) -> set[sympy.Symbol]:
+    """The symbols in the sizes of a (possibly nested) fake value."""
+    if isinstance(value, (list, tuple)):
+        return set().union(*(free_symbols(v) for v in value)) if value else set()
+    if isinstance(value, torch.Tensor):
+        return free_symbols(tuple(value.shape))
+    expr = expression(value)
+    return set(expr.free_symbols) if isinstance(expr, sympy.Basic) else set()
+
+
+def is_unbacked(symbol: sympy.Symbol) -> bool:
+    """Whether a symbol stands for a number that only running the model can tell."""
+    return symbol.name.startswith(("u", "zuf"))

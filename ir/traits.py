@@ -1,0 +1,183 @@
+"""What is known of an op: does it have effects, draw random numbers, return a view, or leave memory unset.
+
+Read from the op's own schema and tags wherever they tell the truth; the tables below hold what they do not tell.
+Passes and the verifier ask here, and keep no lists of ops of their own.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+#: Functions on Python numbers and symbolic sizes that may stand in a graph beside ATen ops, by their text name.
+PYTHON_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    **{
+        f"operator.{name}": getattr(operator, name)
+        for name in (
+            "getitem add sub mul floordiv truediv mod neg pow eq ne lt le gt ge and_ or_ not_ lshift rshift"
+        ).split()
+    },
+    **{f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "trunc", "sqrt")},
+    **{
+        f"torch.{name}": getattr(torch, name)
+        for name in (
+            "sym_float",
+            "sym_int",
+            "sym_max",
+            "sym_min",
+            "sym_not",
+            "sym_ite",
+            "sym_sum",
+            "sym_sqrt",
+        )
+        if hasattr(torch, name)
+    },
+}
+PYTHON_NAMES = {function: name for name, function in PYTHON_FUNCTIONS.items()}
+
+#: Tagged as random by torch, yet deterministic while this argument has this value.
+_RANDOM_UNLESS: dict[str, tuple[str, Any]] = {
+    "aten::scaled_dot_product_attention": ("dropout_p", 0.0),
+    "aten::_scaled_dot_product_attention_math": ("dropout_p", 0.0),
+    "aten::_scaled_dot_product_flash_attention": ("dropout_p", 0.0),
+    "aten::_scaled_dot_product_flash_attention_for_cpu": ("dropout_p", 0.0),
+    "aten::_scaled_dot_product_efficient_attention": ("dropout_p", 0.0),
+    "aten::_scaled_dot_product_cudnn_attention": ("dropout_p", 0.0),
+    "aten::dropout": ("train", False),
+    "aten::native_dropout": ("train", False),
+    "aten::alpha_dropout": ("train", False),
+    "aten::feature_dropout": ("train", False),
+    "aten::rrelu": ("training", False),
+    "aten::rrelu_with_noise_functional": ("training", False),
+}
+
+#: Results whose bytes are whatever lay in memory.
+_UNSET = {
+    "aten::empty",
+    "aten::empty_like",
+    "aten::empty_strided",
+    "aten::empty_permuted",
+    "aten::new_empty",
+    "aten::new_empty_strided",
+}
+
+#: Facts about sizes that hold for later nodes; they return nothing and must stay.
+_ASSERTIONS = {
+    "aten::_assert_scalar",
+    "aten::_assert_async",
+    "aten::_functional_assert_async",
+    "aten::sym_constrain_range",
+    "aten::sym_constrain_range_for_size",
+}
+
+#: Read only the type of their tensor operand, not its values.
+_TYPE_ONLY = {
+    "aten::new_ones",
+    "aten::new_zeros",
+    "aten::new_full",
+    "aten::ones_like",
+    "aten::zeros_like",
+    "aten::full_like",
+}
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What an op call may do. `alias` is the position of the operand that its result may share storage with."""
+
+    effectful: bool = False
+    random: bool = False
+    unset: bool = False
+    type_only: bool = False
+    alias: int | None = None
+
+    @property
+    def pure(self) -> bool:
+        """The same operands give the same result and nothing else happens: may be merged, folded, removed."""
+        return not (self.effectful or self.random)
+
+
+@cache
+def _op_traits(op: torch._ops.OpOverload) -> Traits:
+    schema = op._schema
+    alias = None
+    for returned in schema.returns:
+        info = returned.alias_info
+        if info is None or info.is_write:
+            continue
+        names = info.before_set | info.after_set
+        for position, argument in enumerate(schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.before_set & names:
+                alias = position
+                break
+    return Traits(
+        effectful=schema.is_mutable or not schema.returns or schema.name in _ASSERTIONS,
+        random=torch.Tag.nondeterministic_seeded in op.tags,
+        unset=schema.name in _UNSET,
+        type_only=schema.name in _TYPE_ONLY,
+        alias=alias,
+    )
+
+
+def traits(node: fx.Node) -> Traits:
+    """The traits of this call, given its arguments."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return Traits(alias=0) if target is operator.getitem else Traits()
+    found = _op_traits(target)
+    if found.random and target._schema.name in _RANDOM_UNLESS:
+        name, value = _RANDOM_UNLESS[target._schema.name]
+        if argument(node, name) == value:
+            return Traits(found.effectful, False, found.unset, found.type_only, found.alias)
+    return found
+
+
+def argument(node: fx.Node, name: str) -> Any:
+    """The value of a call's argument by its schema name, its default if it is not given."""
+    target = node.target
+    assert isinstance(target, torch._ops.OpOverload)
+    for position, declared in enumerate(target._schema.arguments):
+        if declared.name == name:
+            if position < len(node.args):
+                return node.args[position]
+            return node.kwargs.get(name, declared.default_value)
+    raise KeyError(f"{target} has no argument {name!r}")
+
+
+def op_name(target: Any) -> str:
+    """The text name of a call's target: `aten.linear`, `aten.add.Tensor`, `operator.mul`."""
+    if isinstance(target, torch._ops.OpOverload):
+        namespace, _, name = target._schema.name.partition("::")
+        overload = target._overloadname
+        return f"{namespace}.{name}" if overload == "default" else f"{namespace}.{name}.{overload}"
+    if target in PYTHON_NAMES:
+        return PYTHON_NAMES[target]
+    raise ValueError(f"{target!r} is no op that may stand in a program")
+
+
+def find_op(name: str) -> Any:
+    """The target with this text name. Raises KeyError if no loaded library registers it."""
+    if name in PYTHON_FUNCTIONS:
+        return PYTHON_FUNCTIONS[name]
+    parts = name.split(".")
+    if len(parts) not in (2, 3):
+        raise KeyError(name)
+    qualified = f"{parts[0]}::{parts[1]}"
+    overload = parts[2] if len(parts) == 3 else "default"
+    try:
+        packet = getattr(getattr(torch.ops, parts[0]), parts[1])
+        found = getattr(packet, overload)
+    except AttributeError:
+        raise KeyError(name) from None
+    if not isinstance(found, torch._ops.OpOverload) or found._schema.name != qualified:
+        raise KeyError(name)
+    return found

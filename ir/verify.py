@@ -1,0 +1,226 @@
+"""The verifier: a Program keeps its rules, and a pass kept what no rewrite may change silently.
+
+`verify` checks one program whole: structure, legality of its ops, weights against placeholders, and every type
+recomputed with fake tensors. `verify_rewrite` checks a program against the one it was made from: the interface (names,
+order, dtypes, shapes and trees of inputs and outputs, states, weight names), what callers can see of shared storage, and
+types from the changed nodes on. What changed is found by comparing the two; the pass is not asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+from laconic.ir.alias import boundary
+from laconic.ir.errors import VerificationError
+from laconic.ir.program import Entry, Kind, Program, Role
+from laconic.ir.propagate import recompute
+from laconic.ir.signature import signature
+from laconic.ir.traits import PYTHON_NAMES
+from laconic.ir.types import same_type, type_of, type_text
+
+#: What canon removed and nothing may bring back, by the reason.
+_FORBIDDEN = {
+    torch.ops.aten.view.default: "views are written as reshape: layout is not semantics",
+    torch.ops.aten._unsafe_view.default: "views are written as reshape: layout is not semantics",
+    torch.ops.aten._assert_tensor_metadata.default: "a recorded fact about a tensor's type goes stale",
+}
+
+
+def verify(program: Program) -> None:
+    """Check the whole program. Raises VerificationError at the first broken rule."""
+    for entry in program.entries.values():
+        _structure(program, entry)
+        _types(program, entry.calls())
+    _table(program)
+
+
+def verify_rewrite(before: Program, after: Program) -> None:
+    """Check `after`, made from `before` by a rewrite. Raises VerificationError at the first broken rule."""
+    _interface(before, after)
+    for name, entry in after.entries.items():
+        _structure(after, entry)
+        _outputs(before, after, name)
+        _types(after, changed_nodes(before.entries[name], entry))
+        was, now = boundary(before.entries[name]), boundary(entry)
+        for output, other in sorted(was ^ now):
+            became = "may now share storage" if (output, other) in now else "no longer shares storage"
+            raise VerificationError(
+                f"{output} of entry {name!r} {became} with {other}",
+                why="a caller that writes into one would see the other change, or no longer would",
+            )
+    _table(after)
+
+
+def changed_nodes(before: Entry, after: Entry) -> list[fx.Node]:
+    """The calls of `after` that are new, say something else than their namesake in `before`, or carry another value."""
+    known = {n.name: n for n in before.graph.nodes}
+
+    def leaf(node: fx.Node) -> str:
+        return str(node.meta["name"]) if node.op == "placeholder" else node.name
+
+    return [
+        node
+        for node in after.calls()
+        if (old := known.get(node.name)) is None
+        or old.op != node.op
+        or old.meta.get("val") is not node.meta.get("val")
+        or signature(old, leaf) != signature(node, leaf)
+    ]
+
+
+def _structure(program: Program, entry: Entry) -> None:
+    """Topological order, node kinds, legality, placeholders and outputs as declared."""
+    seen: set[fx.Node] = set()
+    named: dict[tuple[bool, str], fx.Node] = {}
+    output = None
+    for node in entry.graph.nodes:
+        for operand in node.all_input_nodes:
+            if operand not in seen:
+                raise VerificationError(
+                    f"%{node.name} uses %{operand.name}, which does not stand before it",
+                    where=program.describe(node),
+                )
+        seen.add(node)
+        if node.op == "placeholder":
+            key = (node.meta.get("kind") == Kind.INPUT, str(node.meta.get("name")))
+            if node.meta.get("kind") not in tuple(Kind) or key in named:
+                raise VerificationError(f"placeholder %{node.name} has no kind, or a second one has its name")
+            named[key] = node
+        elif node.op == "call_function":
+            _legal(program, node)
+        elif node.op == "output":
+            output = node
+        else:
+            raise VerificationError(
+                f"%{node.name} is a {node.op}", why="a program holds calls of functions only"
+            )
+        if node.op != "output" and "val" not in node.meta:
+            raise VerificationError(f"%{node.name} has no recorded type", where=program.describe(node))
+    inputs = [name for is_input, name in named if is_input]
+    declared = [i.name for i in entry.inputs]
+    if sorted(inputs) != sorted(declared):
+        raise VerificationError(
+            f"entry {entry.name!r} declares inputs {declared} and has placeholders {inputs}"
+        )
+    if output is None or len(output.args[0]) != len(entry.outputs):
+        raise VerificationError(
+            f"entry {entry.name!r} declares {len(entry.outputs)} outputs and has another number"
+        )
+
+
+def _legal(program: Program, node: fx.Node) -> None:
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        if target in _FORBIDDEN:
+            raise VerificationError(
+                f"{target} is not allowed here", where=program.describe(node), why=_FORBIDDEN[target]
+            )
+        if target._schema.is_mutable:
+            raise VerificationError(
+                f"{target} writes into an operand",
+                where=program.describe(node),
+                why="a program is functional",
+            )
+    elif target not in PYTHON_NAMES:
+        raise VerificationError(
+            f"{target!r} is no op that may stand in a program", where=program.describe(node)
+        )
+
+
+def _types(program: Program, nodes: Iterable[fx.Node]) -> None:
+    names = program.names
+    for node in nodes:
+        expected, found = type_of(recompute(program, node)), type_of(node.meta["val"])
+        if not same_type(expected, found):
+            raise VerificationError(
+                f"%{node.name} is recorded as {type_text(found, names)} but computes {type_text(expected, names)}",
+                where=program.describe(node),
+                hint="the rewrite left a stale type: rewrite through laconic.ir.rewrite, or propagate what it changed",
+            )
+
+
+def _table(program: Program) -> None:
+    """Weights against their placeholders, aliases against the table."""
+    names = program.names
+    for entry in program.entries.values():
+        for name, node in entry.weight_nodes().items():
+            weight = program.weights.get(name)
+            if weight is None:
+                raise VerificationError(f"entry {entry.name!r} uses {name!r}, which the weight table lacks")
+            expected, found = type_of(weight.value), type_of(node.meta["val"])
+            if not same_type(expected, found):
+                raise VerificationError(
+                    f"weight {name!r} is {type_text(expected, names)} "
+                    f"but entry {entry.name!r} takes it as {type_text(found, names)}"
+                )
+            if node.meta["kind"] != weight.kind:
+                raise VerificationError(
+                    f"{name!r} is a {weight.kind} and entry {entry.name!r} takes it as another kind"
+                )
+        for name in entry.updated():
+            if name not in program.weights or program.weights[name].kind is not Kind.STATE:
+                raise VerificationError(f"entry {entry.name!r} updates {name!r}, which is no state")
+    for name, alias in program.aliases.items():
+        if alias.target is not None and alias.target not in program.weights:
+            raise VerificationError(
+                f"the alias {name!r} points at {alias.target!r}, which the weight table lacks"
+            )
+
+
+def _interface(before: Program, after: Program) -> None:
+    """What no rewrite may change: entries, inputs, trees, dynamic axes, and that every weight name leads somewhere."""
+    if list(before.entries) != list(after.entries):
+        raise VerificationError(f"entries were {list(before.entries)} and are {list(after.entries)}")
+    if before.symbols != after.symbols:
+        raise VerificationError("the dynamic axes or their ranges changed")
+    for name, old in before.entries.items():
+        new = after.entries[name]
+        if old.inputs != new.inputs or old.arguments != new.arguments:
+            raise VerificationError(f"the inputs of entry {name!r} changed")
+        for a, b in zip(old.input_nodes(), new.input_nodes(), strict=False):
+            if not same_type(type_of(a.meta["val"]), type_of(b.meta["val"])):
+                raise VerificationError(f"input {a.meta['name']!r} of entry {name!r} changed its type")
+    for name, weight in before.weights.items():
+        now = after.weights.get(name)
+        if now is None and name not in after.aliases:
+            raise VerificationError(f"the weight {name!r} is gone and no alias says where its values went")
+        if weight.kind is Kind.STATE and now is None:
+            raise VerificationError(f"the state {name!r} is gone")
+        if now is not None and (now.kind, now.trainable) != (weight.kind, weight.trainable):
+            raise VerificationError(f"the weight {name!r} changed its kind or whether it is trained")
+    for name in before.aliases:
+        if name not in after.aliases:
+            raise VerificationError(f"the alias {name!r} is gone")
+
+
+def _outputs(before: Program, after: Program, name: str) -> None:
+    old, new = before.entries[name], after.entries[name]
+    if old.outputs != new.outputs or old.results != new.results:
+        lost = [str(o) for o in old.outputs if o not in new.outputs]
+        came = [str(o) for o in new.outputs if o not in old.outputs]
+        changed = f"lost {', '.join(lost) or 'none'}; gained {', '.join(came) or 'none'}"
+        dropped = any(o.role is not Role.RESULT for o in old.outputs if o not in new.outputs)
+        what = "dropped an update" if dropped else "changed the names or order of the outputs"
+        raise VerificationError(f"the rewrite {what} of entry {name!r}", why=changed)
+    for output, was, now in zip(old.outputs, old.output_values, new.output_values, strict=True):
+        expected = type_of(was.meta["val"]) if isinstance(was, fx.Node) else was
+        found = type_of(now.meta["val"]) if isinstance(now, fx.Node) else now
+        same = (
+            same_type(expected, found)
+            if isinstance(was, fx.Node) and isinstance(now, fx.Node)
+            else was == now
+        )
+        if not same:
+            raise VerificationError(f"{output} of entry {name!r} was {expected} and is {found}")
+        if output.role is Role.UPDATE and _unchanged(now, output.name) and not _unchanged(was, output.name):
+            raise VerificationError(
+                f"the {output} of entry {name!r} is dropped: the state is written back unchanged"
+            )
+
+
+def _unchanged(value: Any, state: str) -> bool:
+    return isinstance(value, fx.Node) and value.op == "placeholder" and value.meta["name"] == state
