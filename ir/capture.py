@@ -113,9 +113,7 @@ def _refuse_nonfinite(module: nn.Module) -> None:
         )
 
 
-def _export(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
-) -> ExportedProgram:
+def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:
     try:
         exported = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
         return exported.run_decompositions({})
@@ -127,9 +125,7 @@ def _export(
         if "dynamic" in str(problem).lower() or "constraint" in str(problem).lower():
             hint = "fix the axis that torch names, or leave it out of dynamic_shapes"
         if isinstance(problem, AssertionError) and shared:
-            hint = "these names share storage, and torch cannot trace one being written: " + ", ".join(
-                shared[:4]
-            )
+            hint = "these names share storage, and torch cannot trace one being written: " + ", ".join(shared[:4])
         raise UnsupportedError(
             f"{type(module).__name__} cannot be captured",
             where=_culprit(problem),
@@ -186,9 +182,7 @@ class _Builder:
         examples = self._examples(arguments)
         self._symbols(names, arguments)
         self._weights()
-        declared = [
-            self._input(name, label, e) for name, label, e in zip(names, inputs, examples, strict=True)
-        ]
+        declared = [self._input(name, label, e) for name, label, e in zip(names, inputs, examples, strict=True)]
         self._calls()
         outputs, results = self._outputs(dict(zip(inputs, names, strict=True)))
         entry = Entry("forward", self.graph, declared, outputs, arguments, results)
@@ -209,9 +203,7 @@ class _Builder:
                 what = node.target if node.op == "call_function" else "a nested graph"
                 self._refuse(node, f"it uses {what}, an op that holds graphs of its own")
             if any(is_unbacked(s) for s in free_symbols(node.meta.get("val"))):
-                self._refuse(
-                    node, "a size there depends on the values of tensors (as with nonzero, or .item())"
-                )
+                self._refuse(node, "a size there depends on the values of tensors (as with nonzero, or .item())")
         for spec in self.exported.graph_signature.input_specs:
             if spec.kind not in (*_KINDS, InputKind.USER_INPUT):
                 self._refuse(None, f"it takes a {spec.kind.name.lower()} ({spec.arg.name})")
@@ -237,9 +229,7 @@ class _Builder:
                 flat.append(Leaf(len(labels)))
                 labels.append(spec.arg.name)
             else:
-                self._refuse(
-                    None, f"its argument {spec.arg.name} is a number that varies; pass a tensor instead"
-                )
+                self._refuse(None, f"its argument {spec.arg.name} is a number that varies; pass a tensor instead")
         args_spec, kwargs_spec = self.exported.call_spec.in_spec.children()
         positional = _positional_names(self.module, len(args_spec.children()))
         args = plain(args_spec, flat[: args_spec.num_leaves])
@@ -262,9 +252,7 @@ class _Builder:
         wanted = _axis_names(self.dynamic, arguments, names)
         ranges = self.exported.range_constraints
         position = -1
-        for node, spec in zip(
-            self.exported.graph.nodes, self.exported.graph_signature.input_specs, strict=False
-        ):
+        for node, spec in zip(self.exported.graph.nodes, self.exported.graph_signature.input_specs, strict=False):
             if spec.kind is not InputKind.USER_INPUT or not isinstance(spec.arg, TensorArgument):
                 continue
             position += 1
@@ -331,9 +319,7 @@ class _Builder:
                 if other != state and isinstance(tensor, torch.Tensor) and tensor.numel():
                     same = tensor.untyped_storage().data_ptr() == names[state].untyped_storage().data_ptr()
                     if same and names[state].numel():
-                        self._refuse(
-                            None, f"{state!r} is written in forward and shares memory with {other!r}"
-                        )
+                        self._refuse(None, f"{state!r} is written in forward and shares memory with {other!r}")
 
     def _input(self, name: str, label: str, example: torch.Tensor) -> Input:
         source = next(n for n in self.exported.graph.nodes if n.name == label)
@@ -385,9 +371,7 @@ class _Builder:
                 outputs.append(Output(role, name if role is Role.UPDATE else input_names[name]))
                 values.insert(len(outputs) - 1, self.nodes[spec.arg.name])
         results = plain(self.exported.call_spec.out_spec, flat)
-        outputs += [
-            Output(Role.RESULT, path or "output") for path, leaf in leaves(results) if isinstance(leaf, Leaf)
-        ]
+        outputs += [Output(Role.RESULT, path or "output") for path, leaf in leaves(results) if isinstance(leaf, Leaf)]
         self.graph.output(tuple(values))
         return outputs, results
 
@@ -398,9 +382,7 @@ class _Builder:
         if returned is not None and returned not in (dict, list, tuple):
             facts["returned"] = returned.__name__
         fixed = []
-        names = _axis_names(
-            self.dynamic, arguments, [i.name for i in self.result.forward.inputs], any_axis=True
-        )
+        names = _axis_names(self.dynamic, arguments, [i.name for i in self.result.forward.inputs], any_axis=True)
         for (position, axis), _ in sorted(names.items()):
             kind = type_of(self.result.forward.input_nodes()[position].meta["val"])
             if isinstance(kind, TensorType) and isinstance(kind.shape[axis], int):
@@ -492,9 +474,7 @@ def _compare(program: Program, module: nn.Module) -> None:
         for name, value in expected.items():
             if not bit_equal(value, found.get(name)):
                 gap = (
-                    max_abs(value, found[name])
-                    if isinstance(value, torch.Tensor) and name in found
-                    else "another type"
+                    max_abs(value, found[name]) if isinstance(value, torch.Tensor) and name in found else "another type"
                 )
                 raise VerificationError(
                     f"the captured program does not compute what {type(module).__name__} does",
@@ -524,17 +504,11 @@ def _run_module(program: Program, module: nn.Module, case: Case) -> dict[str, An
         else:
             returned = module(**arguments)
         flat = pytree.tree_leaves(returned)
-        indexed = [
-            f for f, (_, leaf) in zip(flat, leaves(entry.results), strict=True) if isinstance(leaf, Leaf)
-        ]
-        found = {
-            f"result {i}": r.clone() if isinstance(r, torch.Tensor) else r for i, r in enumerate(indexed)
-        }
+        indexed = [f for f, (_, leaf) in zip(flat, leaves(entry.results), strict=True) if isinstance(leaf, Leaf)]
+        found = {f"result {i}": r.clone() if isinstance(r, torch.Tensor) else r for i, r in enumerate(indexed)}
         found.update({f"state {n}": buffers[n].clone() for n in before})
         by_name = {i.name: t for i, t in zip(entry.inputs, inputs, strict=True)}
-        found.update(
-            {f"input {o.name}": by_name[o.name] for o in entry.outputs if o.role is Role.INPUT_UPDATE}
-        )
+        found.update({f"input {o.name}": by_name[o.name] for o in entry.outputs if o.role is Role.INPUT_UPDATE})
         return found
     finally:
         for name, value in before.items():

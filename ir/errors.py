@@ -61,14 +61,11 @@ class MissingDependencyError(LaconicError):
 
 
 class ParseError(LaconicError):
-    """Text that does not parse: a program, a pipeline or a pass specification."""
+    """Text that does not parse: a program, a pipeline or a pass specification. `text` shows the place."""
 
-    def __init__(
-        self, message: str, *, source: str, line: int, column: int, text: str = "", hint: str = ""
-    ) -> None:
+    def __init__(self, message: str, *, source: str, line: int, column: int, text: str = "", hint: str = "") -> None:
         self.line, self.column = line, column
-        marker = f"{text}\n{' ' * (column - 1)}^" if text else ""
-        super().__init__(message, where=f"{source}:{line}:{column}", why=marker, hint=hint)
+        super().__init__(message, where=f"{source}:{line}:{column}", why=text, hint=hint)
 
 
 class PipelineError(ParseError):

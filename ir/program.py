@@ -149,9 +149,7 @@ class Entry:
         return {o.name for o in self.outputs if o.role is Role.UPDATE}
 
     def clone(self) -> Entry:
-        return replace(
-            self, graph=copy_graph(self.graph), inputs=list(self.inputs), outputs=list(self.outputs)
-        )
+        return replace(self, graph=copy_graph(self.graph), inputs=list(self.inputs), outputs=list(self.outputs))
 
 
 @dataclass

@@ -43,6 +43,15 @@ def substitute(entry: Entry, pairs: Mapping[str, str]) -> None:
         entry.graph.erase_node(nodes[old])
 
 
+def inline_literal(entry: Entry, name: str, literal: Any) -> None:
+    """Let a Python number stand for the node `name` in all its users, and remove it."""
+    node = find(entry, name)
+    for user in list(node.users):
+        user.args = fx.node.map_arg(user.args, lambda n: literal if n is node else n)
+        user.kwargs = fx.node.map_arg(user.kwargs, lambda n: literal if n is node else n)
+    entry.graph.erase_node(node)
+
+
 def insert_call(
     program: Program,
     entry: Entry,

@@ -56,10 +56,14 @@ def fingerprint(program: Program) -> tuple[str, tuple[Hashable, ...]]:
     Writing into a weight in place changes the tensor's version counter and so the second part.
     """
     rows = tuple(
-        (name, w.value.data_ptr(), tuple(w.value.shape), tuple(w.value.stride()), w.value._version)
+        (name, w.value.data_ptr(), tuple(w.value.shape), tuple(w.value.stride()), _written(w.value))
         for name, w in program.weights.items()
     )
     return hashlib.sha256(str(program).encode()).hexdigest(), rows
+
+
+def _written(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def content_key(tensor: torch.Tensor) -> bytes:

@@ -1,0 +1,179 @@
+"""dedup: keep one of the weights that hold the same bytes.
+
+    parameter @a: f32[8, 8]                       parameter @a: f32[8, 8]
+    parameter @b: f32[8, 8]  (same bytes)   ->    alias @b = @a
+    parameter @c: f32[4, 8]  (rows 2-5 of a)      alias @c = @a[2:6]      %s = aten.slice.Tensor(@a, 0, 2, 6)
+
+Bytes are compared, not values: -0.0 is not 0.0 and a NaN equals itself. Weights of any size count; a part of another
+must be contiguous rows, be worth a call (`min_slice_bytes`), and start on a 64-byte boundary, because matrix kernels may
+round differently on memory aligned otherwise.
+
+Never merged: states; weights that a result shares storage with; weights of different dtype or device; and weights that
+an optimizer would treat apart, which are a parameter and a buffer, or a trained and a frozen parameter. Two trained
+parameters with equal bytes are merged, since a Program is an inference program: whoever goes on training them as two
+says `dedup{trainable=no}`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import fx
+
+from laconic.ir.alias import root
+from laconic.ir.metrics import bit_equal
+from laconic.ir.program import Alias, Kind, Program, Weight
+from laconic.ir.rewrite import drop_weight, insert_call, weight_node
+from laconic.ir.signature import content_key
+from laconic.ir.types import nbytes
+from laconic.passes.base import Contract, Pass, Plan
+
+_ALIGNMENT = 64
+_PROBES = 8
+
+
+@dataclass(frozen=True)
+class Dedup(Pass):
+    """`slices`: find weights that are rows of another. `min_slice_bytes`: smaller ones are not worth a call.
+    `trainable`: merge trained parameters too."""
+
+    slices: bool = True
+    min_slice_bytes: int = 4096
+    trainable: bool = True
+
+    name: ClassVar[str] = "dedup"
+    summary: ClassVar[str] = "store weights with the same bytes once"
+    contract: ClassVar[Contract] = Contract.EXACT
+
+    @property
+    def reads_values(self) -> bool:
+        return True
+
+    def plan(self, program: Program, statistics: Any = None, score: Any = None) -> Plan:
+        exposed = _exposed(program)
+        rows = [
+            w
+            for w in program.weights.values()
+            if w.kind is not Kind.STATE
+            and w.name not in exposed
+            and w.value.numel()
+            and (self.trainable or not w.trainable)
+        ]
+        actions, kept = _whole(rows)
+        misaligned: list[str] = []
+        if self.slices:
+            actions += _parts(kept, self.min_slice_bytes, misaligned)
+        reason = "no two weights hold the same bytes"
+        if misaligned:
+            reason = "rows of another weight, but not on a 64-byte boundary: " + ", ".join(misaligned)
+        return Plan(self.spec, tuple(actions), reason=reason)
+
+    def rewrite(self, program: Program, plan: Plan) -> None:
+        for action in plan.actions:
+            name, target = action["weight"], action["same_as"]
+            rows = tuple(action["rows"]) if "rows" in action else None
+            for entry in program.entries.values():
+                old = entry.weight_nodes().get(name)
+                if old is None:
+                    continue
+                new = weight_node(program, entry, target)
+                if rows is not None:
+                    first = next(entry.calls())
+                    args = (new, 0, rows[0], rows[1])
+                    new = insert_call(
+                        program, entry, first, torch.ops.aten.slice.Tensor, args, by=self.name, like=first
+                    )
+                old.replace_all_uses_with(new)
+            drop_weight(program, name, Alias(target, rows))  # type: ignore[arg-type]
+
+
+def _exposed(program: Program) -> set[str]:
+    """Weights that some output shares storage with: the caller may tell them apart."""
+    return {
+        source.meta["name"]
+        for entry in program.entries.values()
+        for value in entry.output_values
+        if isinstance(value, fx.Node) and (source := root(value)).op == "placeholder"
+    }
+
+
+def _treated_alike(weight: Weight) -> Hashable:
+    """What an optimizer and a kernel tell apart."""
+    return (weight.kind is Kind.PARAMETER, weight.trainable, weight.value.dtype, str(weight.value.device))
+
+
+def _whole(rows: list[Weight]) -> tuple[list[dict[str, Any]], list[Weight]]:
+    """Weights equal to an earlier one, and the ones that stay."""
+    groups: dict[Hashable, list[Weight]] = defaultdict(list)
+    for weight in rows:
+        groups[(_treated_alike(weight), tuple(weight.value.shape), weight.value.stride())].append(weight)
+    actions: list[dict[str, Any]] = []
+    gone: set[str] = set()
+    for group in groups.values():
+        if len(group) < 2:
+            continue
+        by_content: dict[bytes, Weight] = {}
+        for weight in group:
+            first = by_content.setdefault(content_key(weight.value), weight)
+            if first is not weight and bit_equal(first.value, weight.value):
+                actions.append({"rule": "same bytes", "weight": weight.name, "same_as": first.name})
+                gone.add(weight.name)
+    return actions, [w for w in rows if w.name not in gone]
+
+
+def _parts(rows: list[Weight], min_bytes: int, misaligned: list[str]) -> Iterator[dict[str, Any]]:
+    """Weights that are consecutive rows of a larger one that stays."""
+    groups: dict[Hashable, list[Weight]] = defaultdict(list)
+    for weight in rows:
+        if weight.value.dim() and weight.value.is_contiguous() and nbytes(weight.value) >= min_bytes:
+            groups[(_treated_alike(weight), tuple(weight.value.shape[1:]))].append(weight)
+    for group in groups.values():
+        kept: list[Weight] = []
+        for weight in sorted(group, key=lambda w: -w.value.shape[0]):
+            found = next(_places(weight, kept, misaligned), None)
+            if found is None:
+                kept.append(weight)
+                continue
+            larger, start = found
+            stop = start + weight.value.shape[0]
+            yield {"rule": "rows of another", "weight": weight.name, "same_as": larger.name, "rows": [start, stop]}
+
+
+def _places(part: Weight, larger: list[Weight], misaligned: list[str]) -> Iterator[tuple[Weight, int]]:
+    for candidate in larger:
+        if candidate.value.shape[0] <= part.value.shape[0]:
+            continue
+        row_bytes = nbytes(candidate.value) // candidate.value.shape[0]
+        for start in _offsets(_words(candidate.value), _words(part.value)):
+            if not bit_equal(candidate.value[start : start + part.value.shape[0]], part.value):
+                continue
+            if (start * row_bytes) % _ALIGNMENT == 0:
+                yield candidate, start
+            elif len(misaligned) < 4:
+                misaligned.append(f"{part.name} in {candidate.name}")
+
+
+def _words(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """A tensor's rows as unsigned integers of its element size (complex numbers as two), without a copy."""
+    real = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    found: np.ndarray[Any, Any] = real.cpu().view(kinds[real.element_size()]).reshape(tensor.shape[0], -1).numpy()
+    return found
+
+
+def _offsets(whole: np.ndarray[Any, Any], part: np.ndarray[Any, Any]) -> list[int]:
+    """Row offsets at which `part` agrees with `whole` in a few probed elements; a full comparison must follow."""
+    count = whole.shape[0] - part.shape[0] + 1
+    possible = np.ones(count, dtype=bool)
+    for k in range(_PROBES):
+        row = k * (part.shape[0] - 1) // max(1, _PROBES - 1)
+        column = (k * 7919) % part.shape[1]
+        possible &= whole[row : row + count, column] == part[row, column]
+        if not possible.any():
+            break
+    return [int(i) for i in np.flatnonzero(possible)]

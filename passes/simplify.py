@@ -1,0 +1,195 @@
+"""simplify: remove calls that change nothing, and compute constants once and for all.
+
+    %a: f32[2, 3] = aten.reshape(%x, [2, 3])
+    %b: f32[2, 3] = aten.mul.Tensor(%a, 1)           ->      %c: f32[2, 3] = aten.exp(%x)
+    %c: f32[2, 3] = aten.exp(%b)
+
+Rules. *No-op view*: a chain of views that ends at the same bytes of the same storage, sizes and strides. *Copy*: a clone
+or cast to the type it has. *Identity*: x * 1, x / 1, x - 0, x ** 1; x + 0 for integers only (-0.0 + 0 is 0.0);
+x & True and x | False. *Constant*: a call whose operands are all constants becomes a row of the weight table, if it is
+small; parameters are never folded, since that would freeze what is trained. *Number*: a symbolic-size call with a known
+result.
+
+Safe because types, strides included, are the same before and after (kernels choose by strides, and another kernel
+rounds differently), and because nothing that a caller receives as a tensor of its own becomes a view of another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from laconic.ir.alias import Aliasing, alias_operand
+from laconic.ir.program import Entry, Program
+from laconic.ir.rewrite import add_constant, find, inline_literal, substitute, weight_node
+from laconic.ir.torch_private import is_symbolic, storage_key
+from laconic.ir.traits import traits
+from laconic.ir.types import TensorType, same_size, type_of
+from laconic.passes.base import Contract, Pass, Plan
+from laconic.passes.constants import Constants
+
+aten = torch.ops.aten
+
+_COPIES = (aten.clone.default, aten._to_copy.default, aten.lift_fresh_copy.default)
+
+#: op -> the number that, as its second operand, leaves the first as it is, bit for bit.
+_NEUTRAL = {
+    aten.mul.Tensor: 1,
+    aten.mul.Scalar: 1,
+    aten.div.Tensor: 1,
+    aten.div.Scalar: 1,
+    aten.sub.Tensor: 0,
+    aten.sub.Scalar: 0,
+    aten.pow.Tensor_Scalar: 1,
+}
+_NEUTRAL_INTEGER = {**_NEUTRAL, aten.add.Tensor: 0, aten.add.Scalar: 0}
+_LOGIC = {
+    aten.__and__.Tensor: True,
+    aten.bitwise_and.Tensor: True,
+    aten.logical_and.default: True,
+    aten.__or__.Tensor: False,
+    aten.bitwise_or.Tensor: False,
+    aten.logical_or.default: False,
+}
+
+
+@dataclass(frozen=True)
+class Simplify(Pass):
+    """`max_bytes`: constants larger than this are left to be computed. `values`: fold what is computed from buffers
+    and lifted constants too, not from literals alone."""
+
+    max_bytes: int = 65536
+    values: bool = True
+
+    name: ClassVar[str] = "simplify"
+    summary: ClassVar[str] = "fold constants, remove identities, no-op casts and views"
+    contract: ClassVar[Contract] = Contract.EXACT
+
+    @property
+    def reads_values(self) -> bool:
+        return self.values
+
+    def plan(self, program: Program, statistics: Any = None, score: Any = None) -> Plan:
+        actions: list[dict[str, Any]] = []
+        tensors: dict[str, torch.Tensor] = {}
+        for entry in program.entries.values():
+            constants = Constants(program, entry, read_weights=self.values)
+            folded = constants.frontier(self.max_bytes, Aliasing(entry))
+            actions += _identities(entry, constants, folded)
+            for node, value in folded.items():
+                name = f"folded.{entry.name}.{node.name}"
+                tensors[name] = value
+                actions.append(_action("constant", entry, node, constant=name))
+        return Plan(self.spec, tuple(actions), tensors, "no call is an identity or a constant")
+
+    def rewrite(self, program: Program, plan: Plan) -> None:
+        for entry in program.entries.values():
+            mine = [a for a in plan.actions if a["entry"] == entry.name]
+            substitute(entry, {a["node"]: a["with"] for a in mine if "with" in a})
+            for action in mine:
+                if "constant" in action:
+                    row = add_constant(program, action["constant"], plan.tensors[action["constant"]])
+                    old, new = find(entry, action["node"]), weight_node(program, entry, row)
+                    old.replace_all_uses_with(new)
+                    entry.graph.erase_node(old)
+                elif "number" in action:
+                    inline_literal(entry, action["node"], action["number"])
+
+
+def _action(rule: str, entry: Entry, node: fx.Node, **what: Any) -> dict[str, Any]:
+    return {"rule": rule, "entry": entry.name, "node": node.name, "site": node.meta.get("site"), **what}
+
+
+def _identities(entry: Entry, constants: Constants, folded: Mapping[fx.Node, Any]) -> Iterator[dict[str, Any]]:
+    """Actions for calls, but `folded` ones, that equal a value that stands before them, or a number."""
+    aliasing = Aliasing(entry)
+    returned = {v for v in entry.output_values if isinstance(v, fx.Node)}
+    for node in entry.calls():
+        if node in folded or not traits(node).pure:
+            continue
+        value = node.meta["val"]
+        if isinstance(value, (bool, int, float)) and not is_symbolic(value):
+            if node not in returned:
+                yield _action("number", entry, node, number=value)
+            continue
+        for rule, same in _equals(node, constants):
+            if aliasing.may_replace(node, same):
+                aliasing.replaced(node, same)
+                yield _action(rule, entry, node, **{"with": same.name})
+                break
+
+
+def _equals(node: fx.Node, constants: Constants) -> Iterator[tuple[str, fx.Node]]:
+    """Earlier values that `node` equals bit for bit, with the rule that says so, best first."""
+    source = _same_view(node)
+    if source is not None:
+        yield "no-op view", source
+    first = node.args[0] if node.args else None
+    if not isinstance(first, fx.Node):
+        return
+    if node.target in _COPIES and _identical(node, first):
+        yield "copy", first
+    if _is_neutral(node) and _identical(node, first):
+        yield "identity", first
+    if node.target in _LOGIC and len(node.args) == 2:
+        second = node.args[1]
+        for kept, other in ((first, second), (second, first)):
+            if isinstance(kept, fx.Node) and _identical(node, kept) and _all_are(constants, other, _LOGIC[node.target]):
+                yield "identity", kept
+
+
+def _same_view(node: fx.Node) -> fx.Node | None:
+    """The earliest value that `node`, through views alone, shows unchanged."""
+    found, step = None, alias_operand(node)
+    while step is not None:
+        if _identical(node, step) and _same_bytes(node.meta["val"], step.meta["val"]):
+            found = step
+        step = alias_operand(step)
+    return found
+
+
+def _same_bytes(a: Any, b: Any) -> bool:
+    return (
+        storage_key(a) == storage_key(b)
+        and same_size(type_of(a.storage_offset()).value, type_of(b.storage_offset()).value)  # type: ignore[union-attr]
+        and a.is_conj() == b.is_conj()
+        and a.is_neg() == b.is_neg()
+    )
+
+
+def _identical(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two values have one type, strides of all axes included."""
+    x, y = type_of(a.meta["val"]), type_of(b.meta["val"])
+    return (
+        isinstance(x, TensorType)
+        and isinstance(y, TensorType)
+        and (x.dtype, x.device, len(x.shape)) == (y.dtype, y.device, len(y.shape))
+        and all(same_size(p, q) for p, q in zip(x.shape + x.stride, y.shape + y.stride, strict=True))
+    )
+
+
+def _is_neutral(node: fx.Node) -> bool:
+    first: Any = node.args[0]
+    value = first.meta["val"]
+    if not isinstance(value, torch.Tensor) or value.dtype == torch.bool:
+        return False
+    integer = not (value.dtype.is_floating_point or value.dtype.is_complex)
+    table = _NEUTRAL_INTEGER if integer else _NEUTRAL
+    if node.target not in table or len(node.args) != 2 or value.dtype.is_complex:
+        return False
+    if "rounding_mode" in node.kwargs or node.kwargs.get("alpha", 1) != 1:
+        return False
+    number = node.args[1]
+    return isinstance(number, (int, float)) and number == table[node.target]
+
+
+def _all_are(constants: Constants, operand: Any, wanted: bool) -> bool:
+    if not isinstance(operand, fx.Node) or not isinstance(operand.meta["val"], torch.Tensor):
+        return operand is wanted
+    if operand.meta["val"].dtype != torch.bool or not constants.known(operand):
+        return False
+    return bool((constants.value(operand) == wanted).all())
