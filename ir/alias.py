@@ -10,10 +10,12 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 from torch import fx
 
 from laconic.ir.program import Entry
 from laconic.ir.traits import traits
+from laconic.ir.types import TensorType, same_type, type_of
 
 
 def alias_operand(node: fx.Node) -> fx.Node | None:
@@ -57,20 +59,45 @@ def boundary(entry: Entry) -> frozenset[tuple[str, str]]:
     return frozenset(pairs)
 
 
+def _surely_shares(node: fx.Node, operand: fx.Node) -> bool:
+    """Whether `node`, a view of `operand` by its op's schema, is one at every size: a reshape may be a copy."""
+    if not traits(node).may_copy:
+        return True
+    was, now = type_of(operand.meta["val"]), type_of(node.meta["val"])
+    if not isinstance(was, TensorType) or not isinstance(now, TensorType) or was.dtype != now.dtype:
+        return False
+    return node.target is torch.ops.aten.reshape.default and (was.contiguous or same_type(was, now))
+
+
 class Aliasing:
     """What may be replaced by what without a caller seeing it; kept up to date while a plan is made."""
 
     def __init__(self, entry: Entry) -> None:
         self._escaping: set[fx.Node] = set()
+        self._stands_for: dict[fx.Node, fx.Node] = {}
         for value in entry.output_values:
             if isinstance(value, fx.Node):
                 self._escape(value)
 
+    def now(self, node: fx.Node) -> fx.Node:
+        """What stands for `node` after all replacements so far."""
+        while node in self._stands_for:
+            node = self._stands_for[node]
+        return node
+
     def _escape(self, node: fx.Node) -> None:
-        step: fx.Node | None = node
+        step: fx.Node | None = self.now(node)
         while step is not None and step not in self._escaping:
             self._escaping.add(step)
-            step = alias_operand(step)
+            operand = alias_operand(step)
+            step = None if operand is None else self.now(operand)
+
+    def _root(self, node: fx.Node, *, surely: bool) -> fx.Node:
+        """The value whose storage `node` lives in, or (not `surely`) may live in, after all replacements so far."""
+        node = self.now(node)
+        while (operand := alias_operand(node)) is not None and not (surely and not _surely_shares(node, operand)):
+            node = self.now(operand)
+        return node
 
     def escapes(self, node: fx.Node) -> bool:
         """Whether some output may share storage with `node`."""
@@ -78,12 +105,13 @@ class Aliasing:
 
     def may_replace(self, old: fx.Node, new: fx.Node) -> bool:
         """Whether `new` may stand for an equal `old`, as far as callers can see."""
-        if old not in self._escaping or root(old) is root(new):
+        if old not in self._escaping or self._root(old, surely=True) is self._root(new, surely=True):
             return True
-        source = root(new)
+        source = self._root(new, surely=False)
         return source.op != "placeholder" and source not in self._escaping
 
     def replaced(self, old: fx.Node, new: fx.Node) -> None:
         """Note that `new` now stands for `old`."""
+        self._stands_for[old] = new
         if old in self._escaping:
             self._escape(new)

@@ -2,52 +2,30 @@
 
 `torch.export` traces, the empty decomposition table makes the graph functional and keeps `linear`,
 `scaled_dot_product_attention`, norms and `index_copy` whole. What follows is ours: one row a tensor however many names
-it has, plain trees for arguments and results, sites, canonical form, types recomputed in a shape environment of our own.
+it has, plain trees for arguments and results, sites, canonical form, types recomputed in a shape environment of our
+own.
 """
 
 from __future__ import annotations
 
-import inspect
-import logging
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import sympy
 import torch
-import torch.utils._pytree as pytree
-from torch import fx, nn
-from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
+from torch import nn
+from torch.export import ExportedProgram
 
-from laconic.ir.canon import canonicalize
-from laconic.ir.errors import LaconicError, ModelError, UnsupportedError, VerificationError
-from laconic.ir.inputs import Case, cases, observed
-from laconic.ir.metrics import bit_equal, max_abs
-from laconic.ir.program import Alias, Entry, Input, Kind, Output, Program, Role, Site, Weight
-from laconic.ir.propagate import propagate
-from laconic.ir.rewrite import fake_weight, placeholder_name
-from laconic.ir.run import evaluate
+from laconic.ir.capture_build import build
+from laconic.ir.capture_check import compare_with_module
+from laconic.ir.errors import LaconicError, ModelError, UnsupportedError
+from laconic.ir.program import Program
+from laconic.ir.silence import torch_silenced
 from laconic.ir.source import user_source
-from laconic.ir.torch_private import expression, free_symbols, is_unbacked, symbol_hint
-from laconic.ir.tree import Leaf, Tree, fill, leaves, plain
-from laconic.ir.types import TensorType, type_of
+from laconic.ir.torch_private import dead_draws_kept
 from laconic.ir.verify import verify
-
-log = logging.getLogger(__name__)
-
-_KINDS = {
-    InputKind.PARAMETER: Kind.PARAMETER,
-    InputKind.BUFFER: Kind.BUFFER,
-    InputKind.CONSTANT_TENSOR: Kind.CONSTANT,
-}
-_ROLES = {
-    OutputKind.USER_OUTPUT: Role.RESULT,
-    OutputKind.BUFFER_MUTATION: Role.UPDATE,
-    OutputKind.USER_INPUT_MUTATION: Role.INPUT_UPDATE,
-}
 
 
 def capture_module(
@@ -73,12 +51,13 @@ def capture_module(
         progress("tracing")
         exported = _export(module, args, kwargs, dynamic_shapes)
         progress("building the program")
-        program = _Builder(module, exported, args, kwargs, dynamic_shapes).program()
+        program = build(module, exported, args, kwargs, dynamic_shapes)
         progress("verifying types")
         verify(program)
         if check:
             progress("comparing with the module")
-            _compare(program, module)
+            with torch.random.fork_rng(devices=[]):
+                compare_with_module(program, module)
     return program
 
 
@@ -115,35 +94,45 @@ def _refuse_nonfinite(module: nn.Module) -> None:
 
 def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:
     try:
-        exported = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
-        return exported.run_decompositions({})
+        with torch_silenced(), dead_draws_kept():
+            exported = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+            functional: ExportedProgram = exported.run_decompositions({})
+        return functional
     except LaconicError:
         raise
     except Exception as problem:
-        shared = _shared_names(module)
-        hint = "rewrite that line without control flow that depends on tensor values"
-        if "dynamic" in str(problem).lower() or "constraint" in str(problem).lower():
-            hint = "fix the axis that torch names, or leave it out of dynamic_shapes"
-        if isinstance(problem, AssertionError) and shared:
-            hint = "these names share storage, and torch cannot trace one being written: " + ", ".join(shared[:4])
         raise UnsupportedError(
             f"{type(module).__name__} cannot be captured",
             where=_culprit(problem),
             why=_first_lines(problem),
-            hint=hint,
+            hint=_advice(module, problem),
         ) from problem
 
 
 def _first_lines(problem: Exception) -> str:
-    lines = [line for line in str(problem).strip().splitlines() if line.strip()]
-    return f"{type(problem).__name__}: " + "\n".join(lines[:4]) if lines else type(problem).__name__
+    lines = [line.strip() for line in str(problem).strip().splitlines() if line.strip()]
+    return f"{type(problem).__name__}: " + "\n".join(lines[:3]) if lines else type(problem).__name__
+
+
+def _advice(module: nn.Module, problem: Exception) -> str:
+    if "ConstraintViolation" in f"{type(problem).__name__} {problem}":
+        return "fix the axis that torch names, or leave it out of dynamic_shapes"
+    if "dynamic_shapes" in str(problem):
+        return "dynamic_shapes goes by argument name: {'x': {0: torch.export.Dim('batch')}}, None for what is no tensor"
+    shared = _shared_names(module)
+    if isinstance(problem, AssertionError) and shared:
+        return "these names share storage, and torch cannot trace one being written: " + ", ".join(shared[:4])
+    if "DataDependent" in type(problem).__name__:
+        return "rewrite that line without control flow or sizes that depend on tensor values"
+    return "see that the model runs in eval mode on these inputs; what torch cannot trace must be rewritten"
 
 
 def _culprit(problem: BaseException) -> str:
-    """The user's line: the innermost frame of the traceback that is neither torch's nor ours."""
+    """The user's line: the innermost frame that is not torch's or ours, in a `forward` if possible."""
+    ours = Path(__file__).resolve().parent
     frames = [f for f in traceback.extract_tb(problem.__traceback__) if user_source(f.filename)]
-    frames = [f for f in frames if "/laconic/" not in f.filename and not f.filename.endswith("ir/capture.py")]
-    inside = [f for f in frames if f.name == "forward" or f is frames[-1]]
+    frames = [f for f in frames if Path(f.filename).resolve().parent != ours]
+    inside = [f for f in frames if f.name == "forward"] or frames
     return f"{inside[-1].filename}:{inside[-1].lineno}: {inside[-1].line}" if inside else ""
 
 
@@ -156,360 +145,3 @@ def _shared_names(module: nn.Module) -> list[str]:
             if first != name:
                 shared.append(f"{first} and {name}")
     return shared
-
-
-class _Builder:
-    """From an ExportedProgram to a Program."""
-
-    def __init__(
-        self,
-        module: nn.Module,
-        exported: ExportedProgram,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        dynamic: Any,
-    ) -> None:
-        self.module, self.exported = module, exported
-        self.args, self.kwargs, self.dynamic = args, kwargs, dynamic
-        self.result = Program({}, {})
-        self.graph = fx.Graph()
-        self.nodes: dict[str, fx.Node] = {}
-        self.renamed: dict[sympy.Symbol, sympy.Symbol] = {}
-
-    def program(self) -> Program:
-        self._refuse_foreign()
-        names, inputs, arguments = self._arguments()
-        examples = self._examples(arguments)
-        self._symbols(names, arguments)
-        self._weights()
-        declared = [self._input(name, label, e) for name, label, e in zip(names, inputs, examples, strict=True)]
-        self._calls()
-        outputs, results = self._outputs(dict(zip(inputs, names, strict=True)))
-        entry = Entry("forward", self.graph, declared, outputs, arguments, results)
-        self.result.entries["forward"] = entry
-        canonicalize(self.graph)
-        for node in list(self.graph.nodes):
-            if node.op == "placeholder" and node.meta["kind"] is not Kind.INPUT and not node.users:
-                self.graph.erase_node(node)
-        propagate(self.result, self.graph, None)
-        self.result.examples = [tuple(e.detach().clone() for e in examples)]
-        self._facts(arguments)
-        return self.result
-
-    def _refuse_foreign(self) -> None:
-        """Higher-order ops, data-dependent sizes and script objects have no place in a Program yet."""
-        for node in self.exported.graph.nodes:
-            if node.op == "get_attr" or isinstance(node.target, torch._ops.HigherOrderOperator):
-                what = node.target if node.op == "call_function" else "a nested graph"
-                self._refuse(node, f"it uses {what}, an op that holds graphs of its own")
-            if any(is_unbacked(s) for s in free_symbols(node.meta.get("val"))):
-                self._refuse(node, "a size there depends on the values of tensors (as with nonzero, or .item())")
-        for spec in self.exported.graph_signature.input_specs:
-            if spec.kind not in (*_KINDS, InputKind.USER_INPUT):
-                self._refuse(None, f"it takes a {spec.kind.name.lower()} ({spec.arg.name})")
-
-    def _refuse(self, node: fx.Node | None, why: str) -> None:
-        raise UnsupportedError(
-            f"{type(self.module).__name__} cannot be captured",
-            where=_node_source(node) if node else "",
-            why=why,
-            hint="rewrite that part of the model with tensors of sizes known from its inputs",
-        )
-
-    def _arguments(self) -> tuple[list[str], list[str], dict[str, Tree]]:
-        """Input names, their placeholders' names, and each argument's tree."""
-        flat: list[Any] = []
-        labels: list[str] = []
-        for spec in self.exported.graph_signature.input_specs:
-            if spec.kind is not InputKind.USER_INPUT:
-                continue
-            if isinstance(spec.arg, ConstantArgument):
-                flat.append(spec.arg.value)
-            elif isinstance(spec.arg, TensorArgument):
-                flat.append(Leaf(len(labels)))
-                labels.append(spec.arg.name)
-            else:
-                self._refuse(None, f"its argument {spec.arg.name} is a number that varies; pass a tensor instead")
-        args_spec, kwargs_spec = self.exported.call_spec.in_spec.children()
-        positional = _positional_names(self.module, len(args_spec.children()))
-        args = plain(args_spec, flat[: args_spec.num_leaves])
-        arguments: dict[str, Tree] = dict(zip(positional, args, strict=True))
-        arguments.update(plain(kwargs_spec, flat[args_spec.num_leaves :]) or {})
-        names = [""] * len(labels)
-        for path, leaf in leaves(arguments):
-            if isinstance(leaf, Leaf):
-                names[leaf.index] = path
-        return names, labels, arguments
-
-    def _examples(self, arguments: dict[str, Tree]) -> list[torch.Tensor]:
-        given = pytree.tree_leaves((tuple(self.args), self.kwargs))
-        specs = [s for s in self.exported.graph_signature.input_specs if s.kind is InputKind.USER_INPUT]
-        ordered = [value for value, s in zip(given, specs, strict=True) if isinstance(s.arg, TensorArgument)]
-        return ordered
-
-    def _symbols(self, names: list[str], arguments: dict[str, Tree]) -> None:
-        """Our own symbol for each of export's, under the name the user gave its axis."""
-        wanted = _axis_names(self.dynamic, arguments, names)
-        ranges = self.exported.range_constraints
-        position = -1
-        for node, spec in zip(self.exported.graph.nodes, self.exported.graph_signature.input_specs, strict=False):
-            if spec.kind is not InputKind.USER_INPUT or not isinstance(spec.arg, TensorArgument):
-                continue
-            position += 1
-            value = node.meta["val"]
-            for axis, size in enumerate(value.shape):
-                expr = expression(size)
-                for symbol in sorted(getattr(expr, "free_symbols", ()), key=str):
-                    if symbol in self.renamed:
-                        continue
-                    name = wanted.get((position, axis)) if expr == symbol else None
-                    taken = {s.name for s in self.result.symbols.values()}
-                    if name is None or name in taken:
-                        name = f"s{len(taken)}"
-                    low, high = _bounds(ranges.get(symbol))
-                    hint = symbol_hint(size.node.shape_env, symbol)
-                    self.renamed[symbol] = self.result.add_symbol(name, min(low, hint), high, hint)
-
-    def _weights(self) -> None:
-        """One row a tensor: names tied to the same storage, offset, shape and strides share it."""
-        signature = self.exported.graph_signature
-        mutated = {s.target for s in signature.output_specs if s.kind is OutputKind.BUFFER_MUTATION}
-        rows: dict[Any, str] = {}
-        for spec in signature.input_specs:
-            if spec.kind not in _KINDS:
-                continue
-            name = str(spec.target)
-            tensor = self.exported.state_dict.get(name)
-            if tensor is None:
-                tensor = self.exported.constants[name]
-            key = (
-                tensor.untyped_storage().data_ptr(),
-                tensor.storage_offset(),
-                tensor.shape,
-                tensor.stride(),
-            )
-            first = rows.setdefault(key, name) if tensor.numel() else name
-            if first != name:
-                self.result.aliases[name] = Alias(first)
-                self.nodes[spec.arg.name] = self.nodes[first]
-                continue
-            kind = Kind.STATE if name in mutated else _KINDS[spec.kind]
-            value = tensor.detach()
-            if kind is Kind.STATE:
-                value = value.clone()
-            self.result.weights[name] = weight = Weight(
-                name,
-                value,
-                kind,
-                bool(tensor.requires_grad),
-                spec.kind is not InputKind.CONSTANT_TENSOR and bool(spec.persistent is not False),
-            )
-            label = placeholder_name(name)
-            node = self.graph.create_node("placeholder", label, name=label)
-            node.target = node.name
-            node.meta.update(kind=kind, name=name, val=fake_weight(self.result, weight))
-            self.nodes[spec.arg.name] = self.nodes[name] = node
-        self._refuse_overlap(mutated)
-
-    def _refuse_overlap(self, mutated: set[Any]) -> None:
-        """A state that shares memory with another row would have to change it too; no functional graph says so."""
-        names = {**self.exported.state_dict, **self.exported.constants}
-        for state in sorted(mutated):
-            for other, tensor in names.items():
-                if other != state and isinstance(tensor, torch.Tensor) and tensor.numel():
-                    same = tensor.untyped_storage().data_ptr() == names[state].untyped_storage().data_ptr()
-                    if same and names[state].numel():
-                        self._refuse(None, f"{state!r} is written in forward and shares memory with {other!r}")
-
-    def _input(self, name: str, label: str, example: torch.Tensor) -> Input:
-        source = next(n for n in self.exported.graph.nodes if n.name == label)
-        kind = type_of(source.meta["val"])
-        assert isinstance(kind, TensorType)
-        swap = self.renamed
-
-        def ours(size: Any) -> Any:
-            return size.xreplace(swap) if isinstance(size, sympy.Expr) else size
-
-        kind = replace(kind, shape=tuple(map(ours, kind.shape)), stride=tuple(map(ours, kind.stride)))
-        node = self.graph.create_node("placeholder", label, name=label)
-        node.meta.update(kind=Kind.INPUT, name=name, val=self.result.fake(kind))
-        self.nodes[label] = node
-        return observed(name, example)
-
-    def _calls(self) -> None:
-        lookup = {
-            old: self.nodes[old.name]
-            for old in self.exported.graph.nodes
-            if old.op == "placeholder" and old.name in self.nodes
-        }
-        for old in self.exported.graph.nodes:
-            if old.op != "call_function":
-                continue
-            new = self.graph.node_copy(old, lambda n: lookup[n])
-            module, source = _module_path(old), _node_source(old)
-            new.meta = {"site": len(self.result.sites)}
-            self.result.sites[len(self.result.sites)] = Site(module, source)
-            lookup[old] = new
-            self.nodes[old.name] = new
-
-    def _outputs(self, input_names: dict[str, str]) -> tuple[list[Output], Tree]:
-        signature = self.exported.graph_signature
-        outputs: list[Output] = []
-        values: list[Any] = []
-        flat: list[Any] = []
-        for spec in signature.output_specs:
-            role = _ROLES.get(spec.kind)
-            if role is None:
-                self._refuse(None, f"it returns a {spec.kind.name.lower()}")
-            elif isinstance(spec.arg, ConstantArgument):
-                flat.append(spec.arg.value)
-            elif role is Role.RESULT:
-                flat.append(Leaf(sum(isinstance(f, Leaf) for f in flat)))
-                values.append(self.nodes[spec.arg.name])
-            else:
-                name = str(spec.target)
-                outputs.append(Output(role, name if role is Role.UPDATE else input_names[name]))
-                values.insert(len(outputs) - 1, self.nodes[spec.arg.name])
-        results = plain(self.exported.call_spec.out_spec, flat)
-        outputs += [Output(Role.RESULT, path or "output") for path, leaf in leaves(results) if isinstance(leaf, Leaf)]
-        self.graph.output(tuple(values))
-        return outputs, results
-
-    def _facts(self, arguments: dict[str, Tree]) -> None:
-        facts = self.result.facts
-        facts["model"] = type(self.module).__name__
-        returned = self.exported.call_spec.out_spec.type
-        if returned is not None and returned not in (dict, list, tuple):
-            facts["returned"] = returned.__name__
-        fixed = []
-        names = _axis_names(self.dynamic, arguments, [i.name for i in self.result.forward.inputs], any_axis=True)
-        for (position, axis), _ in sorted(names.items()):
-            kind = type_of(self.result.forward.input_nodes()[position].meta["val"])
-            if isinstance(kind, TensorType) and isinstance(kind.shape[axis], int):
-                fixed.append(f"{self.result.forward.inputs[position].name} axis {axis} = {kind.shape[axis]}")
-        if fixed:
-            facts["specialized"] = fixed
-            log.warning("asked to be dynamic, but the model fixes: %s", "; ".join(fixed))
-
-
-def _bounds(known: Any) -> tuple[int, int | None]:
-    """Inclusive bounds of a size. Export's lower bound of 2 is an artefact of tracing, not of the model: 1 is tried."""
-    low = int(known.lower) if known is not None else 1
-    bounded = known is not None and isinstance(known.upper, sympy.Integer) and int(known.upper) < 2**62
-    high = int(known.upper) if bounded else None
-    return (1 if low <= 2 else low), high
-
-
-def _positional_names(module: nn.Module, count: int) -> list[str]:
-    names = []
-    for parameter in inspect.signature(module.forward).parameters.values():
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
-            names.append(parameter.name)
-    return [names[k] if k < len(names) else f"args_{k}" for k in range(count)]
-
-
-def _axis_names(
-    dynamic: Any, arguments: dict[str, Tree], names: list[str], any_axis: bool = False
-) -> dict[tuple[int, int], str]:
-    """(input, axis) to the name of the user's Dim there; with `any_axis`, of every axis asked to be dynamic."""
-    if not isinstance(dynamic, (dict, list, tuple)):
-        return {}
-    by_argument = dynamic if isinstance(dynamic, dict) else dict(zip(arguments, dynamic, strict=False))
-    found: dict[tuple[int, int], str] = {}
-
-    def visit(tree: Tree, spec: Any) -> None:
-        if spec is None:
-            return
-        if isinstance(tree, Leaf):
-            axes = spec.items() if isinstance(spec, dict) else enumerate(spec)
-            for axis, dim in axes:
-                name = getattr(dim, "__name__", None) if not isinstance(dim, (int, type(Dim.AUTO))) else None
-                if any_axis and dim is not None and not isinstance(dim, int) and dim is not Dim.STATIC:
-                    found[(tree.index, axis)] = name or ""
-                elif name and name.isidentifier():
-                    found[(tree.index, axis)] = name
-        elif isinstance(tree, dict):
-            for key, child in tree.items():
-                visit(child, spec.get(key) if isinstance(spec, dict) else None)
-        elif isinstance(tree, (list, tuple)):
-            for child, part in zip(tree, spec, strict=False):
-                visit(child, part)
-
-    for name, tree in arguments.items():
-        visit(tree, by_argument.get(name))
-    return found
-
-
-def _module_path(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    path = str(list(stack.values())[-1][0]) if stack else ""
-    return path if not path.startswith("_empty_nn_module") else ""
-
-
-def _node_source(node: fx.Node) -> str:
-    """The user's line behind a node: the innermost frame of its trace that is not torch's."""
-    found = ""
-    for line in str(node.meta.get("stack_trace") or "").splitlines():
-        parts = line.strip().split('"')
-        if line.strip().startswith("File ") and len(parts) == 3 and (short := user_source(parts[1])):
-            number = parts[2].split(",")[1].removeprefix(" line ").strip()
-            found = f"{short}:{number}"
-    return found
-
-
-def _compare(program: Program, module: nn.Module) -> None:
-    """Hold the Program to the module's bits. A smallest size at which the module itself fails is taken out of range."""
-    entry = program.forward
-    agreed = 0
-    for case in cases(program, entry):
-        try:
-            expected = _run_module(program, module, case)
-        except Exception as problem:
-            if case.given:
-                raise
-            log.info("the module itself does not run on %s: %s", case, problem)
-            continue
-        torch.manual_seed(0)
-        found = evaluate(program, entry, case.clone()).tensors()
-        for name, value in expected.items():
-            if not bit_equal(value, found.get(name)):
-                gap = (
-                    max_abs(value, found[name]) if isinstance(value, torch.Tensor) and name in found else "another type"
-                )
-                raise VerificationError(
-                    f"the captured program does not compute what {type(module).__name__} does",
-                    where=f"{name} on {case}",
-                    why=f"greatest difference {gap}",
-                    hint="an axis may be fixed inside the model: capture it without that dynamic axis",
-                )
-        agreed += 1
-    program.facts["capture"] = {"bit_identical_cases": agreed}
-
-
-def _run_module(program: Program, module: nn.Module, case: Case) -> dict[str, Any]:
-    """The module's results, states and inputs after a run, by the names that Outcome gives them; the module's buffers
-    are put back."""
-    entry = program.forward
-    inputs = case.clone()
-    arguments = {name: fill(tree, inputs) for name, tree in entry.arguments.items()}
-    names = list(inspect.signature(module.forward).parameters)
-    buffers = {n: b for n, b in module.named_buffers()}
-    before = {name: buffers[name].clone() for name in entry.updated()}
-    try:
-        torch.manual_seed(0)
-        extra = [v for k, v in arguments.items() if k.startswith("args_") and k not in names]
-        if extra:
-            positional = [v for k, v in arguments.items() if k in names]
-            returned = module(*positional, *extra)
-        else:
-            returned = module(**arguments)
-        flat = pytree.tree_leaves(returned)
-        indexed = [f for f, (_, leaf) in zip(flat, leaves(entry.results), strict=True) if isinstance(leaf, Leaf)]
-        found = {f"result {i}": r.clone() if isinstance(r, torch.Tensor) else r for i, r in enumerate(indexed)}
-        found.update({f"state {n}": buffers[n].clone() for n in before})
-        by_name = {i.name: t for i, t in zip(entry.inputs, inputs, strict=True)}
-        found.update({f"input {o.name}": by_name[o.name] for o in entry.outputs if o.role is Role.INPUT_UPDATE})
-        return found
-    finally:
-        for name, value in before.items():
-            buffers[name].copy_(value)

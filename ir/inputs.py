@@ -6,7 +6,6 @@ as ones followed by zeros along its last axis, never all zeros: what a padding m
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import sympy
@@ -39,9 +38,7 @@ def observed(name: str, example: torch.Tensor) -> Input:
         values = torch.view_as_real(values)
     values = values[torch.isfinite(values)] if values.is_floating_point() else values
     if not values.numel():
-        return Input(
-            name, 0.0 if example.is_floating_point() else 0, 1.0 if example.is_floating_point() else 1
-        )
+        return Input(name, 0.0 if example.is_floating_point() else 0, 1.0 if example.is_floating_point() else 1)
     return Input(name, values.min().item(), values.max().item())
 
 
@@ -49,9 +46,7 @@ def draw(program: Program, entry: Entry, sizes: dict[str, int], seed: int) -> Ca
     """Inputs with the given sizes (by display name; the example's where not given)."""
     generator = torch.Generator().manual_seed(seed)
     chosen = {s.name: sizes.get(s.name, s.hint) for s in program.symbols.values()}
-    values = {
-        sympy.Symbol(key, positive=True, integer=True): chosen[s.name] for key, s in program.symbols.items()
-    }
+    values = {sympy.Symbol(key, positive=True, integer=True): chosen[s.name] for key, s in program.symbols.items()}
     by_name = {symbol.name: number for symbol, number in values.items()}
     inputs = []
     for declared, node in zip(entry.inputs, entry.input_nodes(), strict=True):
@@ -74,16 +69,14 @@ def _size(size: int | sympy.Expr, values: dict[str, int]) -> int:
     return int(size.xreplace({s: sympy.Integer(values[s.name]) for s in size.free_symbols}))
 
 
-def _values(
-    declared: Input, dtype: torch.dtype, shape: list[int], generator: torch.Generator
-) -> torch.Tensor:
+def _values(declared: Input, dtype: torch.dtype, shape: list[int], generator: torch.Generator) -> torch.Tensor:
     low, high = declared.low, declared.high
     if dtype.is_floating_point or dtype.is_complex:
         real = torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
         drawn = torch.rand([*shape, 2] if dtype.is_complex else shape, generator=generator, dtype=real)
         drawn = drawn * (high - low) + low
         return (torch.view_as_complex(drawn) if dtype.is_complex else drawn).to(dtype)
-    if (low, high) == (0, 1) and shape and math.prod(shape):
+    if (low, high) == (0, 1) and shape and 0 not in shape:
         kept = torch.randint(1, shape[-1] + 1, [*shape[:-1], 1], generator=generator)
         return (torch.arange(shape[-1]) < kept).to(dtype)
     return torch.randint(int(low), int(high) + 1, shape, generator=generator).to(dtype)
@@ -112,9 +105,7 @@ def size_choices(program: Program, count: int) -> list[dict[str, int]]:
 
 def cases(program: Program, entry: Entry, count: int = 3, seed: int = 0) -> list[Case]:
     """The captured examples and `count` drawn cases, at different sizes where sizes are free."""
-    found = [
-        Case(list(example), _sizes_of(program, entry, example), given=True) for example in program.examples
-    ]
+    found = [Case(list(example), _sizes_of(program, entry, example), given=True) for example in program.examples]
     choices = size_choices(program, count) or [{}]
     for k in range(count):
         found.append(draw(program, entry, choices[k % len(choices)], seed + k))

@@ -20,7 +20,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.detach().contiguous()
     if tensor.dtype == torch.bool:
         return tensor
-    return tensor.reshape(-1).view(torch.uint8)
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)  # reshape may keep an odd stride of one element
 
 
 def _comparable(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -73,9 +73,7 @@ class _Parser:
         at.expect("program")
         token = at.next
         if at.take_int("the format's version") != VERSION:
-            at.fail(
-                f"this is version {token.text} of the text form; this laconic reads version {VERSION}", token
-            )
+            at.fail(f"this is version {token.text} of the text form; this laconic reads version {VERSION}", token)
         at.end_line()
         readers = {
             "fact": self.fact,
@@ -83,7 +81,7 @@ class _Parser:
             "alias": self.alias,
             "entry": self.entry,
             "site": self.site,
-            **{kind: self.weight for kind in ("parameter", "buffer", "constant", "state")},
+            **dict.fromkeys(("parameter", "buffer", "constant", "state"), self.weight),
         }
         while at.next.kind != "end":
             token = at.next
@@ -338,9 +336,7 @@ class _EntryParser:
             if at.next.kind == "row":
                 outputs.append(Output(Role.UPDATE, at.take_row()))
             else:
-                outputs.append(
-                    Output(Role.INPUT_UPDATE, at.take_string("a state (@name) or an input's name"))
-                )
+                outputs.append(Output(Role.INPUT_UPDATE, at.take_string("a state (@name) or an input's name")))
             at.expect("=")
             values.append(self.value())
             at.end_line()
@@ -349,9 +345,7 @@ class _EntryParser:
         results = self.tree(given, collect=True)
         at.end_line()
         at.expect("}")
-        outputs += [
-            Output(Role.RESULT, path or "output") for path, leaf in leaves(results) if isinstance(leaf, Leaf)
-        ]
+        outputs += [Output(Role.RESULT, path or "output") for path, leaf in leaves(results) if isinstance(leaf, Leaf)]
         self.graph.output(tuple(values + given))
         for node in self.rows.values():
             if not node.users:

@@ -122,7 +122,8 @@ class Entry:
 
     @property
     def output_node(self) -> fx.Node:
-        return next(iter(reversed(self.graph.nodes)))
+        node: fx.Node = next(iter(reversed(self.graph.nodes)))
+        return node
 
     @property
     def output_values(self) -> tuple[Any, ...]:
@@ -218,8 +219,8 @@ class Program:
         for w in self.weights.values():
             if w.value.numel() and w.value.device.type != "meta":
                 storage = w.value.untyped_storage()
-                start = w.value.storage_offset() * w.value.element_size()
-                last = sum((n - 1) * abs(s) for n, s in zip(w.value.shape, w.value.stride(), strict=True))
+                start = int(w.value.storage_offset()) * w.value.element_size()
+                last = sum((int(n) - 1) * int(s) for n, s in zip(w.value.shape, w.value.stride(), strict=True))
                 stop = start + min((last + 1) * w.value.element_size(), storage.nbytes() - start)
                 spans.setdefault(storage.data_ptr(), []).append((start, stop))
             else:

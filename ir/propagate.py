@@ -21,7 +21,7 @@ def fake_arguments(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The operands of a call as fake values."""
     args = fx.node.map_arg(node.args, lambda n: n.meta["val"])
     kwargs = fx.node.map_arg(node.kwargs, lambda n: n.meta["val"])
-    return args, kwargs  # type: ignore[return-value]
+    return args, kwargs
 
 
 def recompute(program: Program, node: fx.Node) -> Any:

@@ -15,6 +15,7 @@ from laconic.ir.types import type_of
 
 def find(entry: Entry, name: str) -> fx.Node:
     """The node with this name. Raises KeyError."""
+    node: fx.Node
     for node in entry.graph.nodes:
         if node.name == name:
             return node
@@ -100,7 +101,7 @@ def add_constant(program: Program, name: str, value: Any) -> str:
     """A new row for a tensor that a pass made; returns its name, made unique."""
     unique, number = name, 1
     while unique in program.weights or unique in program.aliases:
-        unique, number = f"{name}.{number}", number + 1
+        unique, number = f"{name}_{number}", number + 1
     program.weights[unique] = Weight(unique, value, Kind.CONSTANT, persistent=False)
     return unique
 

@@ -10,8 +10,9 @@ import sympy
 import torch
 from torch import fx, nn
 
+from laconic.ir.alias import root
 from laconic.ir.errors import UsageError
-from laconic.ir.program import Entry, Kind, Program, Role, copy_graph
+from laconic.ir.program import Entry, Kind, Program, Role, Weight, copy_graph
 from laconic.ir.tree import Leaf, fill, leaves, match
 from laconic.ir.types import TensorType, type_of, type_text
 
@@ -38,26 +39,30 @@ class Executable:
     def __init__(self, entry: Entry) -> None:
         self.entry = entry
         graph = copy_graph(entry.graph)
-        self.operands = [
-            (n.meta["kind"] == Kind.INPUT, n.meta["name"]) for n in graph.nodes if n.op == "placeholder"
-        ]
+        self.operands = [(n.meta["kind"] == Kind.INPUT, n.meta["name"]) for n in graph.nodes if n.op == "placeholder"]
         self.input_position = {i.name: k for k, i in enumerate(entry.inputs)}
         self._function = fx.GraphModule(nn.Module(), graph).forward
 
     def __call__(self, weights: Mapping[str, torch.Tensor], inputs: list[torch.Tensor]) -> tuple[Any, ...]:
         """The outputs in the order of `entry.outputs`; `weights` by row name. Nothing is written."""
         operands = [
-            inputs[self.input_position[name]] if is_input else weights[name]
-            for is_input, name in self.operands
+            inputs[self.input_position[name]] if is_input else weights[name] for is_input, name in self.operands
         ]
         return self._function(*operands)  # type: ignore[no-any-return]
 
 
 def evaluate(program: Program, entry: Entry, inputs: list[torch.Tensor]) -> Outcome:
     """Run once on flat inputs without gradients. States and inputs are left as they are."""
-    weights = {name: w.value for name, w in program.weights.items()}
+    weights = {name: _as_declared(w) for name, w in program.weights.items()}
     with torch.no_grad():
         return outcome(entry, Executable(entry)(weights, inputs))
+
+
+def _as_declared(weight: Weight) -> torch.Tensor:
+    """A weight with `requires_grad` as the model has it: `matmul` chooses its kernel by it, even without gradients."""
+    if weight.trainable and not weight.value.is_inference():
+        return weight.value.detach().requires_grad_()
+    return weight.value
 
 
 def outcome(entry: Entry, outputs: tuple[Any, ...]) -> Outcome:
@@ -77,7 +82,8 @@ class Runnable(nn.Module):
     """A Program as a model: called as the captured model was, with its arguments and results as plain trees.
 
     Parameters and buffers are registered under their own names and share the Program's tensors; states are updated in
-    place. Sizes are checked against the captured axes: UsageError names the argument, what was expected and what came.
+    place. Calls run without gradients, as the model was captured: with them kernels choose another path and round
+    differently. Sizes are checked against the captured axes: UsageError names the argument, what is expected, what came.
     """
 
     def __init__(self, program: Program, entry: str = "forward") -> None:
@@ -88,11 +94,10 @@ class Runnable(nn.Module):
         self._types = [type_of(n.meta["val"]) for n in self._entry.input_nodes()]
         self._rows: dict[str, tuple[nn.Module, str]] = {}
         for name, weight in program.weights.items():
-            self._rows[name] = self._register(
-                name, weight.value, weight.kind is Kind.PARAMETER, weight.trainable
-            )
+            self._rows[name] = self._register(name, weight.value, weight.kind is Kind.PARAMETER, weight.trainable)
         self._alias_names()
         self._written = [k for k, o in enumerate(self._entry.outputs) if o.role is not Role.RESULT]
+        self._shared = {k: root(self._entry.output_values[k]).op == "placeholder" for k in self._written}
         self.eval()
 
     def _holder(self, name: str) -> tuple[nn.Module, str]:
@@ -100,16 +105,17 @@ class Runnable(nn.Module):
         *path, last = name.split(".")
         module: nn.Module = self
         for part in path:
-            if part not in module._modules:
-                module.add_module(part or "_", nn.Module())
-            module = module._modules[part or "_"]  # type: ignore[assignment]
+            own = part or "_"
+            while hasattr(module, own) and own not in module._modules:  # `forward`, or a weight of that name
+                own += "_"
+            if own not in module._modules:
+                module.add_module(own, nn.Module())
+            module = module._modules[own]  # type: ignore[assignment]
         while hasattr(module, last) and last not in module._parameters and last not in module._buffers:
             last += "_"
         return module, last
 
-    def _register(
-        self, name: str, value: torch.Tensor, parameter: bool, trainable: bool
-    ) -> tuple[nn.Module, str]:
+    def _register(self, name: str, value: torch.Tensor, parameter: bool, trainable: bool) -> tuple[nn.Module, str]:
         module, last = self._holder(name)
         if parameter:
             module.register_parameter(last, nn.Parameter(value, requires_grad=trainable))
@@ -128,6 +134,7 @@ class Runnable(nn.Module):
                 else:
                     holder.register_buffer(own, source._buffers[last])
 
+    @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The results as a plain tree; arguments by position or name, constants may be left out."""
         inputs = flatten_arguments(self._entry, args, kwargs)
@@ -143,7 +150,8 @@ class Runnable(nn.Module):
         """Write updates back. A result that is the new value itself becomes the tensor written to, as in eager."""
         node_of = self._entry.output_values
         position = {i.name: k for k, i in enumerate(self._entry.inputs)}
-        values = {k: outputs[k] for k in self._written}
+        # A value that is another state, or a view of it, must not change while that one is written.
+        values = {k: outputs[k].clone() if self._shared[k] else outputs[k] for k in self._written}
         with torch.no_grad():
             for k in self._written:
                 output = self._entry.outputs[k]
@@ -158,9 +166,7 @@ def flatten_arguments(entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any
     """A call's arguments as the flat list of the entry's inputs. Raises UsageError for what does not fit."""
     names = list(entry.arguments)
     if len(args) > len(names):
-        raise UsageError(
-            f"called with {len(args)} positional arguments; the model takes {len(names)}: {names}"
-        )
+        raise UsageError(f"called with {len(args)} positional arguments; the model takes {len(names)}: {names}")
     given = dict(zip(names, args, strict=False))
     for name, value in kwargs.items():
         if name in given:
@@ -190,13 +196,9 @@ def check_inputs(program: Program, entry: Entry, inputs: list[Any], kinds: list[
     """Compare inputs with the captured types, binding each dynamic axis once."""
     bound: dict[sympy.Symbol, int] = {}
     for declared, value, kind in zip(entry.inputs, inputs, kinds, strict=True):
-        fits = (
-            isinstance(value, torch.Tensor) and value.dtype == kind.dtype and value.dim() == len(kind.shape)
-        )
+        fits = isinstance(value, torch.Tensor) and value.dtype == kind.dtype and value.dim() == len(kind.shape)
         if fits:
-            fits = all(
-                _binds(program, bound, size, n) for size, n in zip(kind.shape, value.shape, strict=True)
-            )
+            fits = all(_binds(program, bound, size, n) for size, n in zip(kind.shape, value.shape, strict=True))
         if not fits:
             sizes = ", ".join(f"{s.name} in [{s.low}, {s.high or 'inf'}]" for s in program.symbols.values())
             found = (

@@ -17,6 +17,8 @@ def user_source(path: str) -> str:
     """A file's path from the folder it is imported from; "" for torch's own files and for no file at all."""
     if path.startswith(("<", "torch/")) or path.startswith(_TORCH):
         return ""
+    if not os.path.isabs(path):
+        return path
     roots = sorted((p for p in (*sys.path, os.getcwd()) if p), key=len, reverse=True)
     for root in roots:
         prefix = os.path.join(root, "")

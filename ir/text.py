@@ -77,11 +77,7 @@ def value(argument: Any) -> str:
     if argument is None or isinstance(argument, (bool, int)):
         return repr(argument)
     if isinstance(argument, float):
-        return (
-            ("nan" if math.isnan(argument) else repr(argument))
-            if not math.isinf(argument)
-            else _inf(argument)
-        )
+        return ("nan" if math.isnan(argument) else repr(argument)) if not math.isinf(argument) else _inf(argument)
     if isinstance(argument, complex):
         return f"complex({value(argument.real)}, {value(argument.imag)})"
     if isinstance(argument, str):
@@ -121,7 +117,8 @@ def _entry(program: Program, entry: Entry) -> list[str]:
     nodes = entry.input_nodes()
     for declared, node in zip(entry.inputs, nodes, strict=True):
         lines.append(
-            f"  input %{node.name}: {value_text(node.meta['val'], names)} in [{value(declared.low)}, {value(declared.high)}]"
+            f"  input %{node.name}: {value_text(node.meta['val'], names)}"
+            f" in [{value(declared.low)}, {value(declared.high)}]"
             + (f" named {json.dumps(declared.name)}" if declared.name != node.name else "")
         )
     for name, tree in entry.arguments.items():

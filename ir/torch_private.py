@@ -8,15 +8,18 @@ from typing import Any
 
 import sympy
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.functions import CeilToInt, CleanDiv, FloorDiv, Max, Min, Mod, PythonMod
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.symbol import SymT, make_symbol
+from torch.utils._sympy.value_ranges import ValueRanges
 
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
+    "dead_draws_kept",
     "expression",
     "fake_mode",
     "fake_tensor",
@@ -40,6 +43,11 @@ SIZE_FUNCTIONS: dict[str, Any] = {
 }
 
 
+def shape_env(mode: FakeTensorMode) -> ShapeEnv:
+    assert mode.shape_env is not None
+    return mode.shape_env
+
+
 def fake_mode() -> FakeTensorMode:
     """A fresh fake tensor mode with a shape environment of its own."""
     return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=False)
@@ -47,7 +55,7 @@ def fake_mode() -> FakeTensorMode:
 
 def new_symbol(mode: FakeTensorMode, index: int, low: int, high: int | None, hint: int) -> sympy.Symbol:
     """The symbol s<index> for a size in [low, high], whose example is `hint`."""
-    env = mode.shape_env
+    env = shape_env(mode)
     symbol = make_symbol(SymT.SIZE, index, positive=True, integer=True)
     if hasattr(env, "add_backed_var_to_val"):
         env.add_backed_var_to_val(symbol, hint)
@@ -61,9 +69,9 @@ def sym_int(mode: FakeTensorMode, expr: sympy.Expr | int) -> int | torch.SymInt:
     """The size `expr` as torch sees it, without adding a guard."""
     if isinstance(expr, int) or expr.is_Integer:
         return int(expr)
-    env = mode.shape_env
+    env = shape_env(mode)
     hint = int(expr.xreplace({s: sympy.Integer(symbol_hint(env, s)) for s in expr.free_symbols}))
-    return env.create_symintnode(expr, hint=hint)  # type: ignore[no-any-return]
+    return env.create_symintnode(expr, hint=hint)
 
 
 def expression(size: Any) -> int | sympy.Expr:
@@ -78,9 +86,7 @@ def is_symbolic(value: Any) -> bool:
     return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
-def fake_tensor(
-    mode: FakeTensorMode, shape: Any, stride: Any, dtype: torch.dtype, device: str
-) -> torch.Tensor:
+def fake_tensor(mode: FakeTensorMode, shape: Any, stride: Any, dtype: torch.dtype, device: str) -> torch.Tensor:
     """A fake tensor with these sizes, given as ints and sympy expressions."""
     with mode:
         return torch.empty_strided(
@@ -93,8 +99,26 @@ def fake_tensor(
 
 @contextmanager
 def quiet(mode: FakeTensorMode) -> Iterator[None]:
-    """Run under `mode` without gradients and without a guard being added to its shape environment."""
-    with mode, torch.no_grad(), mode.shape_env.suppress_guards():
+    """Run under `mode` without gradients and without a guard being added to its shape environment.
+
+    The Python dispatcher is what lets composite ops see symbolic sizes on torch 2.11.
+    """
+    with mode, torch.no_grad(), shape_env(mode).suppress_guards(), enable_python_dispatcher():
+        yield
+
+
+def guards(mode: FakeTensorMode) -> list[str]:
+    """What has been decided by the examples of symbolic sizes."""
+    env = mode.shape_env
+    return [str(g.expr) for g in env.guards] + [f"{old} = {new}" for old, new in env.replacements.items()]
+
+
+@contextmanager
+def dead_draws_kept() -> Iterator[None]:
+    """While export decomposes: keep random draws that nobody uses, since later draws see the RNG state they leave."""
+    import torch._inductor.config as config
+
+    with config.patch(fallback_random=True):
         yield
 
 
@@ -121,4 +145,34 @@ def free_symbols(value: Any) -> set[sympy.Symbol]:
 
 def is_unbacked(symbol: sympy.Symbol) -> bool:
     """Whether a symbol stands for a number that only running the model can tell."""
-    return symbol.name.startswith(("u", "zuf"))
+    return bool(symbol.name.startswith(("u", "zuf")))
+
+
+def value_range(low: int, high: int | None) -> Any:
+    """The inclusive range of a size, as an exported program declares it."""
+    return ValueRanges(low, int_oo if high is None else high)
+
+
+def sym_number(mode: FakeTensorMode, kind: type, expr: Any) -> Any:
+    """The number `expr` (of Python type `kind`) as torch sees it in `mode`, without adding a guard."""
+    if kind is int:
+        return sym_int(mode, expr)
+    if not isinstance(expr, sympy.Basic):
+        return expr
+    env = shape_env(mode)
+    hint = kind(expr.xreplace({s: sympy.Integer(symbol_hint(env, s)) for s in expr.free_symbols}))
+    return env.create_symfloatnode(expr, hint=hint) if kind is float else env.create_symboolnode(expr)
+
+
+def newest_onnx_opset() -> int:
+    """The newest ONNX operator set that torch's exporter is tested with."""
+    from torch.onnx import _constants
+
+    return int(_constants.ONNX_MAX_OPSET)
+
+
+def oldest_onnx_opset() -> int:
+    """The operator set that torch's exporter writes in; older ones are converted to, which may fail."""
+    from torch.onnx._internal.exporter import _constants
+
+    return int(_constants.TORCHLIB_OPSET)

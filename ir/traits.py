@@ -9,38 +9,28 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import torch
 from torch import fx
 
+from laconic.ir.types import TensorType, type_of
+
 aten = torch.ops.aten
+
+_OPERATORS = (
+    "getitem add sub mul floordiv truediv mod neg pow eq ne lt le gt ge and_ or_ not_ lshift rshift"  # of `operator`
+)
+_MATH = "ceil floor trunc sqrt"
+_SYMBOLIC = "sym_float sym_int sym_max sym_min sym_not sym_ite sym_sum sym_sqrt"
 
 #: Functions on Python numbers and symbolic sizes that may stand in a graph beside ATen ops, by their text name.
 PYTHON_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    **{
-        f"operator.{name}": getattr(operator, name)
-        for name in (
-            "getitem add sub mul floordiv truediv mod neg pow eq ne lt le gt ge and_ or_ not_ lshift rshift"
-        ).split()
-    },
-    **{f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "trunc", "sqrt")},
-    **{
-        f"torch.{name}": getattr(torch, name)
-        for name in (
-            "sym_float",
-            "sym_int",
-            "sym_max",
-            "sym_min",
-            "sym_not",
-            "sym_ite",
-            "sym_sum",
-            "sym_sqrt",
-        )
-        if hasattr(torch, name)
-    },
+    **{f"operator.{name}": getattr(operator, name) for name in _OPERATORS.split()},
+    **{f"math.{name}": getattr(math, name) for name in _MATH.split()},
+    **{f"torch.{name}": getattr(torch, name) for name in _SYMBOLIC.split() if hasattr(torch, name)},
 }
 PYTHON_NAMES = {function: name for name, function in PYTHON_FUNCTIONS.items()}
 
@@ -89,16 +79,31 @@ _TYPE_ONLY = {
     "aten::full_like",
 }
 
+#: Declared as views by their schema, yet they copy where strides or types ask for it.
+_MAY_COPY = {
+    "aten::contiguous",
+    "aten::flatten",
+    "aten::ravel",
+    "aten::reshape",
+    "aten::reshape_as",
+    "aten::resolve_conj",
+    "aten::resolve_neg",
+    "aten::to",
+    "aten::type_as",
+}
+
 
 @dataclass(frozen=True)
 class Traits:
-    """What an op call may do. `alias` is the position of the operand that its result may share storage with."""
+    """What an op call may do. `alias` is the position of the operand that its result may share storage with;
+    `may_copy` says that it need not."""
 
     effectful: bool = False
     random: bool = False
     unset: bool = False
     type_only: bool = False
     alias: int | None = None
+    may_copy: bool = False
 
     @property
     def pure(self) -> bool:
@@ -116,7 +121,9 @@ def _op_traits(op: torch._ops.OpOverload) -> Traits:
             continue
         names = info.before_set | info.after_set
         for position, argument in enumerate(schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.before_set & names:
+            given = argument.alias_info
+            # A list of views (split, unbind) names no set of its own; its operand says `a -> *`.
+            if given is not None and (given.before_set & names or (not names and "*" in given.after_set)):
                 alias = position
                 break
     return Traits(
@@ -125,6 +132,7 @@ def _op_traits(op: torch._ops.OpOverload) -> Traits:
         unset=schema.name in _UNSET,
         type_only=schema.name in _TYPE_ONLY,
         alias=alias,
+        may_copy=schema.name in _MAY_COPY,
     )
 
 
@@ -137,8 +145,20 @@ def traits(node: fx.Node) -> Traits:
     if found.random and target._schema.name in _RANDOM_UNLESS:
         name, value = _RANDOM_UNLESS[target._schema.name]
         if argument(node, name) == value:
-            return Traits(found.effectful, False, found.unset, found.type_only, found.alias)
+            return replace(found, random=False)
     return found
+
+
+def reads_requires_grad(node: fx.Node) -> bool:
+    """Whether a call may compute other bits for a matrix that requires gradients, even where none are recorded.
+
+    `matmul` folds the batch axes of its larger operand into one if the other requires gradients, or if strides allow
+    it without a copy; folded and batched products round differently.
+    """
+    if node.target not in (torch.ops.aten.linear.default, torch.ops.aten.matmul.default):
+        return False
+    kinds = [type_of(n.meta["val"]) for n in node.all_input_nodes]
+    return any(isinstance(k, TensorType) and len(k.shape) >= 3 and not k.contiguous for k in kinds)
 
 
 def argument(node: fx.Node, name: str) -> Any:

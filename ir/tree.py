@@ -15,9 +15,7 @@ import torch.utils._pytree as pytree
 
 from laconic.ir.errors import UnsupportedError
 
-Tree = (
-    Any  # a recursive type that type checkers cannot yet say usefully: dict | list | tuple | Leaf | constant
-)
+Tree = Any  # a recursive type that type checkers cannot yet say usefully: dict | list | tuple | Leaf | constant
 CONSTANTS = (type(None), bool, int, float, str)
 
 
@@ -109,11 +107,7 @@ def _keys(spec: pytree.TreeSpec) -> list[str] | None:
     if isinstance(context, (list, tuple)) and len(context) == 2 and isinstance(context[0], (list, tuple)):
         context = context[0]  # dataclass-like nodes: (names, names that were None)
     names = list(context) if isinstance(context, (list, tuple)) else None
-    if (
-        names is None
-        or len(names) != len(spec.children())
-        or not all(isinstance(n, (str, int)) for n in names)
-    ):
+    if names is None or len(names) != len(spec.children()) or not all(isinstance(n, (str, int)) for n in names):
         if spec.type is None or not spec.children():
             return None
         raise UnsupportedError(

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
 
 from laconic.ir.torch_private import expression, is_symbolic
 
-Size = int | sympy.Expr
+Size: TypeAlias = Any  # int | sympy.Expr
 
 DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float64: "f64",
@@ -174,3 +174,15 @@ def nbytes(tensor: torch.Tensor) -> int:
 
 def is_number(value: Any) -> bool:
     return isinstance(value, (bool, int, float)) or is_symbolic(value)
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether each element has bytes of its own and none lie between them, in whatever order of axes."""
+    expected = 1
+    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda pair: pair[1]):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return tensor.numel() > 0

@@ -2,8 +2,8 @@
 
 `verify` checks one program whole: structure, legality of its ops, weights against placeholders, and every type
 recomputed with fake tensors. `verify_rewrite` checks a program against the one it was made from: the interface (names,
-order, dtypes, shapes and trees of inputs and outputs, states, weight names), what callers can see of shared storage, and
-types from the changed nodes on. What changed is found by comparing the two; the pass is not asked.
+order, dtypes, shapes and trees of inputs and outputs, states, weight names), what callers can see of shared storage,
+and types from the changed nodes on. What changed is found by comparing the two; the pass is not asked.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from laconic.ir.errors import VerificationError
 from laconic.ir.program import Entry, Kind, Program, Role
 from laconic.ir.propagate import recompute
 from laconic.ir.signature import signature
+from laconic.ir.torch_private import guards
 from laconic.ir.traits import PYTHON_NAMES
+from laconic.ir.tree import Leaf, leaves
 from laconic.ir.types import same_type, type_of, type_text
 
 #: What canon removed and nothing may bring back, by the reason.
@@ -32,6 +34,7 @@ _FORBIDDEN = {
 
 def verify(program: Program) -> None:
     """Check the whole program. Raises VerificationError at the first broken rule."""
+    verify_sizes(program)
     for entry in program.entries.values():
         _structure(program, entry)
         _types(program, entry.calls())
@@ -40,6 +43,7 @@ def verify(program: Program) -> None:
 
 def verify_rewrite(before: Program, after: Program) -> None:
     """Check `after`, made from `before` by a rewrite. Raises VerificationError at the first broken rule."""
+    verify_sizes(after)
     _interface(before, after)
     for name, entry in after.entries.items():
         _structure(after, entry)
@@ -56,20 +60,49 @@ def verify_rewrite(before: Program, after: Program) -> None:
 
 
 def changed_nodes(before: Entry, after: Entry) -> list[fx.Node]:
-    """The calls of `after` that are new, say something else than their namesake in `before`, or carry another value."""
+    """The calls of `after` that are new, say something else than their namesake in `before`, carry another value, or
+    read one whose type changed."""
     known = {n.name: n for n in before.graph.nodes}
+    rows = {(n.meta["kind"] == Kind.INPUT, n.meta["name"]): n for n in before.placeholders()}
 
     def leaf(node: fx.Node) -> str:
         return str(node.meta["name"]) if node.op == "placeholder" else node.name
 
-    return [
-        node
-        for node in after.calls()
-        if (old := known.get(node.name)) is None
-        or old.op != node.op
-        or old.meta.get("val") is not node.meta.get("val")
-        or signature(old, leaf) != signature(node, leaf)
-    ]
+    found = []
+    moved: set[fx.Node] = set()  # nodes whose namesake has another type: who uses them may be stale
+    for node in after.graph.nodes:
+        old = known.get(node.name)
+        if node.op == "placeholder":
+            old = rows.get((node.meta["kind"] == Kind.INPUT, node.meta["name"]))
+            if old is None or not _same_record(old, node):
+                moved.add(node)
+        elif node.op == "call_function" and (
+            old is None
+            or old.op != node.op
+            or old.meta.get("val") is not node.meta.get("val")
+            or signature(old, leaf) != signature(node, leaf)
+            or not moved.isdisjoint(node.all_input_nodes)
+        ):
+            found.append(node)
+            if old is None or not _same_record(old, node):
+                moved.add(node)
+    return found
+
+
+def _same_record(old: fx.Node, new: fx.Node) -> bool:
+    a, b = old.meta.get("val"), new.meta.get("val")
+    return a is b or same_type(type_of(a), type_of(b))
+
+
+def verify_sizes(program: Program) -> None:
+    """No one may decide anything by the example's sizes."""
+    found = guards(program.mode)
+    if found:
+        raise VerificationError(
+            "a dynamic size was compared, so that the program holds for some sizes only",
+            why="guard: " + ", ".join(found[:4]),
+            hint="read sizes through laconic.ir.types, which never guards",
+        )
 
 
 def _structure(program: Program, entry: Entry) -> None:
@@ -95,21 +128,18 @@ def _structure(program: Program, entry: Entry) -> None:
         elif node.op == "output":
             output = node
         else:
-            raise VerificationError(
-                f"%{node.name} is a {node.op}", why="a program holds calls of functions only"
-            )
+            raise VerificationError(f"%{node.name} is a {node.op}", why="a program holds calls of functions only")
         if node.op != "output" and "val" not in node.meta:
             raise VerificationError(f"%{node.name} has no recorded type", where=program.describe(node))
     inputs = [name for is_input, name in named if is_input]
     declared = [i.name for i in entry.inputs]
     if sorted(inputs) != sorted(declared):
-        raise VerificationError(
-            f"entry {entry.name!r} declares inputs {declared} and has placeholders {inputs}"
-        )
+        raise VerificationError(f"entry {entry.name!r} declares inputs {declared} and has placeholders {inputs}")
     if output is None or len(output.args[0]) != len(entry.outputs):
-        raise VerificationError(
-            f"entry {entry.name!r} declares {len(entry.outputs)} outputs and has another number"
-        )
+        raise VerificationError(f"entry {entry.name!r} declares {len(entry.outputs)} outputs and has another number")
+    paths = [path or "output" for path, leaf in leaves(entry.results) if isinstance(leaf, Leaf)]
+    if paths != [o.name for o in entry.outputs if o.role is Role.RESULT]:
+        raise VerificationError(f"entry {entry.name!r} names its results otherwise than their tree", why=f"tree: {paths}")
 
 
 def _legal(program: Program, node: fx.Node) -> None:
@@ -126,9 +156,7 @@ def _legal(program: Program, node: fx.Node) -> None:
                 why="a program is functional",
             )
     elif target not in PYTHON_NAMES:
-        raise VerificationError(
-            f"{target!r} is no op that may stand in a program", where=program.describe(node)
-        )
+        raise VerificationError(f"{target!r} is no op that may stand in a program", where=program.describe(node))
 
 
 def _types(program: Program, nodes: Iterable[fx.Node]) -> None:
@@ -166,9 +194,7 @@ def _table(program: Program) -> None:
                 raise VerificationError(f"entry {entry.name!r} updates {name!r}, which is no state")
     for name, alias in program.aliases.items():
         if alias.target is not None and alias.target not in program.weights:
-            raise VerificationError(
-                f"the alias {name!r} points at {alias.target!r}, which the weight table lacks"
-            )
+            raise VerificationError(f"the alias {name!r} points at {alias.target!r}, which the weight table lacks")
 
 
 def _interface(before: Program, after: Program) -> None:
@@ -209,17 +235,11 @@ def _outputs(before: Program, after: Program, name: str) -> None:
     for output, was, now in zip(old.outputs, old.output_values, new.output_values, strict=True):
         expected = type_of(was.meta["val"]) if isinstance(was, fx.Node) else was
         found = type_of(now.meta["val"]) if isinstance(now, fx.Node) else now
-        same = (
-            same_type(expected, found)
-            if isinstance(was, fx.Node) and isinstance(now, fx.Node)
-            else was == now
-        )
+        same = same_type(expected, found) if isinstance(was, fx.Node) and isinstance(now, fx.Node) else was == now
         if not same:
             raise VerificationError(f"{output} of entry {name!r} was {expected} and is {found}")
         if output.role is Role.UPDATE and _unchanged(now, output.name) and not _unchanged(was, output.name):
-            raise VerificationError(
-                f"the {output} of entry {name!r} is dropped: the state is written back unchanged"
-            )
+            raise VerificationError(f"the {output} of entry {name!r} is dropped: the state is written back unchanged")
 
 
 def _unchanged(value: Any, state: str) -> bool:

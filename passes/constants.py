@@ -1,8 +1,8 @@
 """Which values of an entry are constants, and what they are.
 
 A value is constant if its call is pure and leaves no memory unset, and all its operands are constants: literals, rows
-of the weight table that are no parameter and no state, or other constants. A call that reads only the type of an operand
-(`new_ones`) does not need that operand to be constant.
+of the weight table that are no parameter and no state, or other constants. A call that reads only the type of an
+operand (`new_ones`) does not need that operand to be constant.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from laconic.ir.alias import Aliasing
+from laconic.ir.alias import Aliasing, root
 from laconic.ir.program import Entry, Kind, Program
+from laconic.ir.torch_private import storage_key
 from laconic.ir.traits import traits
-from laconic.ir.types import TensorType, nbytes, type_of
+from laconic.ir.types import TensorType, is_dense, nbytes, type_of
 
 
 class Constants:
@@ -53,7 +54,7 @@ class Constants:
                 self._values[node] = self._program.weights[node.meta["name"]].value
             else:
                 substitute = _typed_stand_in if traits(node).type_only else self.value
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), substitute)  # type: ignore[misc]
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), substitute)
                 with torch.no_grad():
                     self._values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return self._values[node]
@@ -90,11 +91,16 @@ class Constants:
         if size > max_bytes:
             return None
         value = self.value(node)
-        if not isinstance(value, torch.Tensor) or not _dense(value) or nbytes(value) > max_bytes:
+        if not isinstance(value, torch.Tensor) or not is_dense(value) or nbytes(value) > max_bytes:
             return None
-        if value.is_conj() or value.is_neg():
+        if value.is_conj() or value.is_neg() or self._views_a_row(node, value):
             return None
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device).copy_(value)
+
+    def _views_a_row(self, node: fx.Node, value: torch.Tensor) -> bool:
+        """Whether a value is a view of a row of the weight table: free to compute, and its bytes are there already."""
+        source = root(node)
+        return source.op == "placeholder" and storage_key(self.value(source)) == storage_key(value)
 
 
 def _fixed(value: Any) -> bool:
@@ -121,15 +127,3 @@ def _typed_stand_in(node: fx.Node) -> Any:
         return torch.empty(0, dtype=kind.dtype, device=kind.device)
     shape, stride = [int(n) for n in kind.shape], [int(n) for n in kind.stride]
     return torch.empty_strided(shape, stride, dtype=kind.dtype, device=kind.device)
-
-
-def _dense(tensor: torch.Tensor) -> bool:
-    """Whether each element has bytes of its own, and no bytes lie between."""
-    expected = 1
-    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda pair: pair[1]):
-        if size == 1:
-            continue
-        if stride != expected:
-            return False
-        expected *= size
-    return tensor.numel() > 0

@@ -4,9 +4,9 @@
     parameter @b: f32[8, 8]  (same bytes)   ->    alias @b = @a
     parameter @c: f32[4, 8]  (rows 2-5 of a)      alias @c = @a[2:6]      %s = aten.slice.Tensor(@a, 0, 2, 6)
 
-Bytes are compared, not values: -0.0 is not 0.0 and a NaN equals itself. Weights of any size count; a part of another
-must be contiguous rows, be worth a call (`min_slice_bytes`), and start on a 64-byte boundary, because matrix kernels may
-round differently on memory aligned otherwise.
+Bytes are compared, not values: -0.0 is not 0.0 and a NaN equals itself. Weights of any size count. A part of another
+must be contiguous rows, be worth a call (`min_slice_bytes`), and lie on 64-byte boundaries as it did, because matrix
+kernels may round differently on memory aligned otherwise.
 
 Never merged: states; weights that a result shares storage with; weights of different dtype or device; and weights that
 an optimizer would treat apart, which are a parameter and a buffer, or a trained and a frozen parameter. Two trained
@@ -26,14 +26,15 @@ import torch
 from torch import fx
 
 from laconic.ir.alias import root
+from laconic.ir.memory import misalignment
 from laconic.ir.metrics import bit_equal
 from laconic.ir.program import Alias, Kind, Program, Weight
 from laconic.ir.rewrite import drop_weight, insert_call, weight_node
 from laconic.ir.signature import content_key
+from laconic.ir.traits import reads_requires_grad
 from laconic.ir.types import nbytes
 from laconic.passes.base import Contract, Pass, Plan
 
-_ALIGNMENT = 64
 _PROBES = 8
 
 
@@ -65,12 +66,12 @@ class Dedup(Pass):
             and (self.trainable or not w.trainable)
         ]
         actions, kept = _whole(rows)
-        misaligned: list[str] = []
+        near: list[str] = []
         if self.slices:
-            actions += _parts(kept, self.min_slice_bytes, misaligned)
+            actions += _parts(kept, self.min_slice_bytes, _read_for_gradients(program), near)
         reason = "no two weights hold the same bytes"
-        if misaligned:
-            reason = "rows of another weight, but not on a 64-byte boundary: " + ", ".join(misaligned)
+        if near:
+            reason = "rows of another weight, but a kernel may round differently: " + ", ".join(near)
         return Plan(self.spec, tuple(actions), reason=reason)
 
     def rewrite(self, program: Program, plan: Plan) -> None:
@@ -89,7 +90,7 @@ class Dedup(Pass):
                         program, entry, first, torch.ops.aten.slice.Tensor, args, by=self.name, like=first
                     )
                 old.replace_all_uses_with(new)
-            drop_weight(program, name, Alias(target, rows))  # type: ignore[arg-type]
+            drop_weight(program, name, Alias(target, rows))
 
 
 def _exposed(program: Program) -> set[str]:
@@ -102,6 +103,16 @@ def _exposed(program: Program) -> set[str]:
     }
 
 
+def _read_for_gradients(program: Program) -> set[str]:
+    """Trained weights that a kernel is chosen by; their rows taken by a slice do not require gradients."""
+    return {
+        name
+        for entry in program.entries.values()
+        for name, node in entry.weight_nodes().items()
+        if program.weights[name].trainable and any(reads_requires_grad(user) for user in node.users)
+    }
+
+
 def _treated_alike(weight: Weight) -> Hashable:
     """What an optimizer and a kernel tell apart."""
     return (weight.kind is Kind.PARAMETER, weight.trainable, weight.value.dtype, str(weight.value.device))
@@ -111,7 +122,9 @@ def _whole(rows: list[Weight]) -> tuple[list[dict[str, Any]], list[Weight]]:
     """Weights equal to an earlier one, and the ones that stay."""
     groups: dict[Hashable, list[Weight]] = defaultdict(list)
     for weight in rows:
-        groups[(_treated_alike(weight), tuple(weight.value.shape), weight.value.stride())].append(weight)
+        value = weight.value
+        key = (_treated_alike(weight), tuple(value.shape), value.stride(), misalignment(value))
+        groups[key].append(weight)
     actions: list[dict[str, Any]] = []
     gone: set[str] = set()
     for group in groups.values():
@@ -126,7 +139,7 @@ def _whole(rows: list[Weight]) -> tuple[list[dict[str, Any]], list[Weight]]:
     return actions, [w for w in rows if w.name not in gone]
 
 
-def _parts(rows: list[Weight], min_bytes: int, misaligned: list[str]) -> Iterator[dict[str, Any]]:
+def _parts(rows: list[Weight], min_bytes: int, fixed: set[str], near: list[str]) -> Iterator[dict[str, Any]]:
     """Weights that are consecutive rows of a larger one that stays."""
     groups: dict[Hashable, list[Weight]] = defaultdict(list)
     for weight in rows:
@@ -135,7 +148,7 @@ def _parts(rows: list[Weight], min_bytes: int, misaligned: list[str]) -> Iterato
     for group in groups.values():
         kept: list[Weight] = []
         for weight in sorted(group, key=lambda w: -w.value.shape[0]):
-            found = next(_places(weight, kept, misaligned), None)
+            found = next(_places(weight, kept, fixed, near), None)
             if found is None:
                 kept.append(weight)
                 continue
@@ -144,18 +157,23 @@ def _parts(rows: list[Weight], min_bytes: int, misaligned: list[str]) -> Iterato
             yield {"rule": "rows of another", "weight": weight.name, "same_as": larger.name, "rows": [start, stop]}
 
 
-def _places(part: Weight, larger: list[Weight], misaligned: list[str]) -> Iterator[tuple[Weight, int]]:
+def _places(part: Weight, larger: list[Weight], fixed: set[str], near: list[str]) -> Iterator[tuple[Weight, int]]:
     for candidate in larger:
         if candidate.value.shape[0] <= part.value.shape[0]:
             continue
-        row_bytes = nbytes(candidate.value) // candidate.value.shape[0]
         for start in _offsets(_words(candidate.value), _words(part.value)):
-            if not bit_equal(candidate.value[start : start + part.value.shape[0]], part.value):
+            rows = candidate.value[start : start + part.value.shape[0]]
+            if not bit_equal(rows, part.value):
                 continue
-            if (start * row_bytes) % _ALIGNMENT == 0:
+            if misalignment(rows) != misalignment(part.value):
+                why = "aligned otherwise to the 64-byte boundary"
+            elif part.name in fixed:
+                why = "a matmul of strided operands asks whether it requires gradients"
+            else:
                 yield candidate, start
-            elif len(misaligned) < 4:
-                misaligned.append(f"{part.name} in {candidate.name}")
+                continue
+            if len(near) < 4:
+                near.append(f"{part.name} in {candidate.name} ({why})")
 
 
 def _words(tensor: torch.Tensor) -> np.ndarray[Any, Any]:

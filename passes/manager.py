@@ -12,13 +12,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from laconic.ir.errors import LaconicError, UsageError, VerificationError
 from laconic.ir.inputs import Case, cases
+from laconic.ir.outcomes import Outcomes
 from laconic.ir.program import Program
-from laconic.ir.signature import fingerprint
-from laconic.ir.verify import verify, verify_rewrite
+from laconic.ir.signature import checksum, fingerprint
+from laconic.ir.verify import verify, verify_rewrite, verify_sizes
 from laconic.passes.base import Needs, Pass, PassResult, Plan
-from laconic.passes.contracts import Outcomes, check, distance
+from laconic.passes.contracts import check, check_weights, distance
 from laconic.passes.ledger import Ledger, Row, measure
 from laconic.passes.pipeline import print_pipeline
 
@@ -38,12 +41,29 @@ class Instrument:
 
 
 @dataclass
+class Contents:
+    """Checksums of all weights seen in a run. Writes through `.data` or numpy leave no other trace."""
+
+    known: dict[str, tuple[torch.Tensor, bytes]] = field(default_factory=dict)
+
+    def hold(self, program: Program) -> None:
+        """Raise VerificationError if a weight that was seen before holds other bytes now; note new ones."""
+        for name, weight in program.weights.items():
+            tensor, before = self.known.get(name, (None, b""))
+            now = checksum(weight.value)
+            if tensor is weight.value and now != before:
+                raise VerificationError(f"it wrote into the weight {name!r} in place")
+            self.known[name] = (weight.value, now)
+
+
+@dataclass
 class Run:
     """What a pipeline gave: the program, the ledger, and each pass's plan in order."""
 
     program: Program
     ledger: Ledger
     plans: list[Plan] = field(default_factory=list)
+    contents: Contents = field(default_factory=Contents, repr=False)
 
 
 @dataclass
@@ -70,6 +90,8 @@ class PassManager:
         model = str(program.facts.get("model", "program"))
         ledger = Ledger(model, print_pipeline(self.passes), measure(program, 0.0 if captured else None))
         run, known = Run(program, ledger), captured
+        if self.verify_each:
+            run.contents.hold(program)
         for position, item in enumerate(self.passes):
             known = self._step(run, position, item, captured, known)
         ledger.verified = self.verify_each and self.check_contracts
@@ -97,15 +119,23 @@ class PassManager:
             seconds = time.perf_counter() - start
             if fingerprint(before) != print_before:
                 raise VerificationError("it wrote into the program it was given, or into a weight in place")
+            if self.verify_each:
+                run.contents.hold(before)
+                verify_sizes(before)
+                if result.program is not before:
+                    verify_rewrite(before, result.program)
+                    check_weights(item.contract, before, result.program)
             _check_modified(result, print_before)
-            if self.verify_each and result.modified:
-                verify_rewrite(before, result.program)
             after = known
             if known is not None and captured is not None and result.modified:
-                after = Outcomes.of(result.program, [c for c in captured.cases])
-                check(item.contract, known, after)
+                after = Outcomes.of(result.program, captured.cases)
+                _check_cases(captured, after)
+                check(item.contract, before, known, after)
         except LaconicError as problem:
             raise self._blame(problem, position, item, run) from problem
+        except Exception as problem:  # a pass that crashes, or leaves what cannot be printed or run
+            crash = VerificationError(f"{type(problem).__name__}: {problem}")
+            raise self._blame(crash, position, item, run) from problem
         gap = distance(captured, after) if captured is not None and after is not None else None
         sizes = measure(result.program, gap)
         run.ledger.rows.append(
@@ -130,6 +160,13 @@ class PassManager:
             why=problem.why,
             hint=f"to go on without it: -p '{others or 'none'}'",
         )
+
+
+def _check_cases(captured: Outcomes, now: Outcomes) -> None:
+    ran = {id(case) for case in now.cases}
+    for case in captured.cases:
+        if id(case) not in ran:
+            raise VerificationError("the rewritten program does not run any more", where=str(case))
 
 
 def _check_modified(result: PassResult, print_before: object) -> None:

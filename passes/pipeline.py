@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Any, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
 from laconic.ir.errors import PipelineError, UsageError, did_you_mean
 from laconic.passes.base import Pass
@@ -146,5 +146,5 @@ def _skip(text: str, at: int) -> int:
     return at
 
 
-def _fail(text: str, at: int, message: str, hint: str = "") -> Any:
+def _fail(text: str, at: int, message: str, hint: str = "") -> NoReturn:
     raise PipelineError(message, source="pipeline", line=1, column=at + 1, text=f"{text}\n{' ' * at}^", hint=hint)

@@ -4,10 +4,10 @@
     %b: f32[2, 3] = aten.mul.Tensor(%a, 1)           ->      %c: f32[2, 3] = aten.exp(%x)
     %c: f32[2, 3] = aten.exp(%b)
 
-Rules. *No-op view*: a chain of views that ends at the same bytes of the same storage, sizes and strides. *Copy*: a clone
-or cast to the type it has. *Identity*: x * 1, x / 1, x - 0, x ** 1; x + 0 for integers only (-0.0 + 0 is 0.0);
+Rules. *No-op view*: a chain of views that ends at the same bytes of the same storage, sizes and strides. *Copy*: a
+clone or cast to the type it has. *Identity*: x * 1, x / 1, x - 0, x ** 1; x + 0 for integers only (-0.0 + 0 is 0.0);
 x & True and x | False. *Constant*: a call whose operands are all constants becomes a row of the weight table, if it is
-small; parameters are never folded, since that would freeze what is trained. *Number*: a symbolic-size call with a known
+small; parameters are never folded, since that would freeze what is trained. *Number*: a call on sizes with a known
 result.
 
 Safe because types, strides included, are the same before and after (kernels choose by strides, and another kernel
@@ -24,10 +24,10 @@ import torch
 from torch import fx
 
 from laconic.ir.alias import Aliasing, alias_operand
-from laconic.ir.program import Entry, Program
+from laconic.ir.program import Entry, Kind, Program
 from laconic.ir.rewrite import add_constant, find, inline_literal, substitute, weight_node
 from laconic.ir.torch_private import is_symbolic, storage_key
-from laconic.ir.traits import traits
+from laconic.ir.traits import reads_requires_grad, traits
 from laconic.ir.types import TensorType, same_size, type_of
 from laconic.passes.base import Contract, Pass, Plan
 from laconic.passes.constants import Constants
@@ -81,7 +81,7 @@ class Simplify(Pass):
             folded = constants.frontier(self.max_bytes, Aliasing(entry))
             actions += _identities(entry, constants, folded)
             for node, value in folded.items():
-                name = f"folded.{entry.name}.{node.name}"
+                name = f"folded_{entry.name}_{node.name}"  # no dot: a part such as `forward` would be a method of a module
                 tensors[name] = value
                 actions.append(_action("constant", entry, node, constant=name))
         return Plan(self.spec, tuple(actions), tensors, "no call is an identity or a constant")
@@ -117,10 +117,15 @@ def _identities(entry: Entry, constants: Constants, folded: Mapping[fx.Node, Any
                 yield _action("number", entry, node, number=value)
             continue
         for rule, same in _equals(node, constants):
-            if aliasing.may_replace(node, same):
+            if aliasing.may_replace(node, same) and _same_kernels(node, aliasing.now(same)):
                 aliasing.replaced(node, same)
                 yield _action(rule, entry, node, **{"with": same.name})
                 break
+
+
+def _same_kernels(node: fx.Node, same: fx.Node) -> bool:
+    """Whether users of `node` choose the same kernels for `same`: a parameter may require gradients, its copy does not."""
+    return same.meta.get("kind") != Kind.PARAMETER or not any(reads_requires_grad(user) for user in node.users)
 
 
 def _equals(node: fx.Node, constants: Constants) -> Iterator[tuple[str, fx.Node]]:

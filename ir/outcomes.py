@@ -1,0 +1,71 @@
+"""What a program returns on several inputs, each time from the same state of the random generator.
+
+This is what contracts compare, what a saved DIR and a .pt2 are held to bit for bit, and an ONNX file to a tolerance.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from laconic.ir.errors import VerificationError
+from laconic.ir.inputs import Case
+from laconic.ir.program import Program
+from laconic.ir.run import Outcome, evaluate
+
+log = logging.getLogger(__name__)
+
+#: The state of the generator that every compared run starts from.
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What a program returns on each case, and the state of the random generator that it leaves."""
+
+    cases: list[Case]
+    outcomes: list[Outcome]
+    generators: list[torch.Tensor]
+
+    @classmethod
+    def of(cls, program: Program, cases: Sequence[Case]) -> Outcomes:
+        """Run the entry `forward` on every case.
+
+        A drawn case on which the program itself raises is left out, and logged; a given one raises. Raises
+        VerificationError if none is left.
+        """
+        found = cls([], [], [])
+        for case in cases:
+            try:
+                outcome, generator = _run(program, case)
+            except Exception as problem:  # an op's own check of sizes or values: any type
+                if case.given:
+                    raise
+                log.info("left out: the program does not run on %s: %s", case, problem)
+                continue
+            found.cases.append(case)
+            found.outcomes.append(outcome)
+            found.generators.append(generator)
+        if not found.cases:
+            raise VerificationError(
+                "there is no input on which the program runs, so nothing can be compared",
+                hint="give example inputs",
+            )
+        return found
+
+    def __iter__(self) -> Iterator[tuple[Case, Outcome]]:
+        return iter(zip(self.cases, self.outcomes, strict=True))
+
+
+def run_case(program: Program, case: Case) -> Outcome:
+    """Run the entry `forward` once on a copy of the case's inputs."""
+    return _run(program, case)[0]
+
+
+def _run(program: Program, case: Case) -> tuple[Outcome, torch.Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        return evaluate(program, program.forward, case.clone()), torch.get_rng_state()

@@ -1,0 +1,137 @@
+"""The Python interface: capture, optimize, save, load, export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from laconic import artefact, sources
+from laconic.codegen.onnx import OnnxReport, write_onnx
+from laconic.codegen.pt2 import write_pt2
+from laconic.ir.capture import capture_module
+from laconic.ir.errors import UsageError
+from laconic.ir.inputs import Case, cases
+from laconic.ir.program import Program
+from laconic.ir.run import Runnable, flatten_arguments
+from laconic.passes.base import Pass, Plan
+from laconic.passes.ledger import Ledger
+from laconic.passes.manager import Instrument, PassManager
+from laconic.passes.pipeline import parse_pipeline
+
+Inputs = tuple[Any, ...] | dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `optimize` returns: the program, the ledger (`report`) and the plans; `model` runs it."""
+
+    program: Program
+    report: Ledger
+    plans: list[Plan] = field(default_factory=list)
+
+    @cached_property
+    def model(self) -> Runnable:
+        """The optimised program as a callable module, with the captured model's arguments."""
+        return Runnable(self.program)
+
+    def save(
+        self,
+        path: str | Path,
+        *,
+        formats: Sequence[str] = (),
+        force: bool = False,
+        progress: Callable[[str], None] = lambda stage: None,
+    ) -> Path:
+        """Write a DIR that `laconic.load` reads: verified after writing, placed whole, never over another without
+        `force`. `formats` adds exports beside it: "onnx", "pt2"."""
+        return artefact.save(
+            self.program, self.report, self.plans, path, formats=formats, force=force, progress=progress
+        )
+
+
+def capture(model: nn.Module | str | Path, *args: Any, dynamic_shapes: Any = None, **kwargs: Any) -> Program:
+    """Capture a model as called with these example inputs, in eval mode without gradients.
+
+    `model` is a module, or what the command line calls MODEL (then no inputs are given). `dynamic_shapes` is
+    torch.export's, by argument name: `{"x": {0: torch.export.Dim("batch")}}`, None for what is no tensor. The model is
+    left as it was; weights are shared, states copied.
+
+    Raises UnsupportedError with the user's source line if the model cannot be captured.
+    """
+    if isinstance(model, nn.Module):
+        return capture_module(model, args, kwargs, dynamic_shapes)
+    if args or kwargs or dynamic_shapes is not None:
+        raise UsageError(f"{model} brings its own example inputs", hint="capture(path) takes no others")
+    return sources.program_of(str(model))
+
+
+def optimize(
+    model: nn.Module | Program | str | Path,
+    pipeline: str | Sequence[Pass] = "exact",
+    *,
+    inputs: Inputs | Sequence[Inputs] | None = None,
+    dynamic_shapes: Any = None,
+    verify_each: bool = True,
+    check: bool = True,
+    instruments: Sequence[Instrument] = (),
+) -> Result:
+    """Run a pipeline on a model and prove at each step what it cost. Never changes `model`.
+
+    `inputs` are example inputs, a tuple of positional or a dict of keyword arguments, or a list of several; a module
+    needs at least one, and contracts are checked on all of them beside drawn ones. `verify_each` and `check` switch the
+    verifier and the contract checks off; the result then counts as unverified.
+
+    Raises VerificationError naming the pass that broke a rule or its contract, UsageError for an unknown pass.
+    """
+    passes = parse_pipeline(pipeline) if isinstance(pipeline, str) else list(pipeline)
+    given = _several(inputs)
+    if isinstance(model, nn.Module):
+        if not given:
+            raise UsageError("a module needs example inputs", hint="optimize(model, inputs=(x,)) or inputs={'name': x}")
+        args, kwargs = (given[0], {}) if isinstance(given[0], tuple) else ((), given[0])
+        program, given = capture_module(model, args, kwargs, dynamic_shapes), given[1:]
+    else:
+        program = model if isinstance(model, Program) else sources.program_of(str(model))
+    chosen = cases(program, program.forward) + [_case(program, g) for g in given]
+    run = PassManager(passes, verify_each, check, instruments).run(program, chosen)
+    return Result(run.program, run.ledger, run.plans)
+
+
+def load(path: str | Path, *, allow_unverified: bool = False) -> Runnable:
+    """The model of a saved DIR as a callable; its `program` is the Program. Nothing is unpickled.
+
+    Raises ModelError if a file is missing or damaged, VerificationError if the DIR is marked unverified.
+    """
+    return Runnable(artefact.load_program(path, allow_unverified=allow_unverified))
+
+
+def export_onnx(program: Program, path: str | Path, *, opset: int | None = None, force: bool = False) -> OnnxReport:
+    """Write an ONNX file with the program's names, dtypes and dynamic axes, checked in ONNX Runtime before it is put in
+    place. Raises UnsupportedError for what ONNX cannot say, MissingDependencyError without ONNX Runtime."""
+    return write_onnx(program, Path(path), opset=opset, force=force)
+
+
+def export_pt2(program: Program, path: str | Path, *, force: bool = False) -> None:
+    """Write a `.pt2` that torch alone loads and runs, checked bit for bit before it is put in place."""
+    write_pt2(program, Path(path), force=force)
+
+
+def _several(inputs: Inputs | Sequence[Inputs] | None) -> list[Inputs]:
+    if inputs is None:
+        return []
+    return list(inputs) if isinstance(inputs, list) else [inputs]  # type: ignore[list-item]
+
+
+def _case(program: Program, given: Inputs) -> Case:
+    args, kwargs = (given, {}) if isinstance(given, tuple) else ((), given)
+    flat = flatten_arguments(program.forward, args, kwargs)
+    for value, declared in zip(flat, program.forward.inputs, strict=True):
+        if not isinstance(value, torch.Tensor):
+            raise UsageError(f"input {declared.name!r} must be a tensor, is a {type(value).__name__}")
+    return Case(flat, {}, given=True)

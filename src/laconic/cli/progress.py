@@ -1,0 +1,78 @@
+"""Progress on stderr: a bar for passes and a line for what is being done; plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+
+class Display:
+    """A context in which `stage` says what is being done. Leaving it, by whatever way, restores the terminal."""
+
+    def __init__(self, *, shown: bool = True) -> None:
+        self.shown = shown
+        self._console = Console(stderr=True)
+        self._live = shown and self._console.is_terminal
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._live,
+        )
+        self._task: Any = None
+
+    def __enter__(self) -> Display:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def stage(self, text: str) -> None:
+        """Name what is being done now."""
+        if not self.shown:
+            return
+        if not self._live:
+            self._console.print(f"laconic: {text}", highlight=False, markup=False, soft_wrap=True)
+            return
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(text, total=None)
+
+    def items(self, text: str, total: int) -> Any:
+        """A bar of `total` items; call the result to advance it."""
+        if not self._live:
+            self.stage(f"{text} ({total})")
+            return lambda: None
+        task = self._progress.add_task(text, total=total)
+        return lambda: self._progress.advance(task)
+
+    def instrument(self) -> Any:
+        """An instrument that shows a pipeline's passes as a bar."""
+        from laconic.ir.program import Program
+        from laconic.passes.base import Pass, PassResult
+        from laconic.passes.manager import Instrument
+
+        display = self
+
+        class Bar(Instrument):
+            def started(self, program: Program, passes: Sequence[Pass]) -> None:
+                self.advance = display.items("passes", len(passes))
+
+            def before_pass(self, position: int, item: Pass, program: Program) -> None:
+                display.stage(f"{item.spec} on {program.node_count()} nodes")
+
+            def after_pass(self, position: int, item: Pass, result: PassResult) -> None:
+                self.advance()
+
+        return Bar()

@@ -1,0 +1,178 @@
+"""The saved DIR: reads back to the same bits, refuses what was damaged, and is never half there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+import laconic
+from laconic.ir.errors import ModelError, UsageError, VerificationError
+from laconic.ir.metrics import bit_equal
+
+#: Saves to one DIR again and again in a child that is killed; after each kill the DIR must load and compute.
+KILLER = """
+import os, random, signal, sys, time, torch, laconic
+torch.set_num_threads(1)
+moments = random.Random(0)
+target = sys.argv[1]
+results = []
+for seed in range(2):
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(4)])
+    results.append(laconic.optimize(model, inputs=(torch.ones(2, 64),)))
+wanted = [bytes(r.model(torch.ones(2, 64)).numpy()) for r in results]
+results[0].save(target)
+seen = set()
+for kill in range(20):
+    child = os.fork()
+    if child == 0:
+        while True:
+            for result in results:
+                result.save(target, force=True)
+    time.sleep(0.02 + moments.random() * 0.3)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    seen.add(wanted.index(bytes(laconic.load(target)(torch.ones(2, 64)).numpy())))
+left = [name for name in os.listdir(os.path.dirname(target)) if name != "out"]
+results[0].save(target, force=True)
+print(sorted(seen), len(left), os.listdir(os.path.dirname(target)))
+"""
+
+
+class Counting(nn.Module):
+    """Weights of every awkward kind: tied, transposed, a view of another, counted, complex, empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.second.weight = self.first.weight
+        self.turned = nn.Parameter(torch.randn(8, 4).t())
+        base = torch.randn(16)
+        self.register_buffer("low", base[:8])
+        self.register_buffer("wide", base[:12])
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("none", torch.zeros(0, 3))
+        self.register_buffer("turn", torch.randn(8, dtype=torch.complex64))
+        self.register_buffer("spread", torch.randn(1, 8).expand(3, 8))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.seen.add_(1)
+        y = self.second(self.first(x)) + self.low + self.wide[:8] + self.spread.sum(0)
+        return {"y": y @ self.turned.t(), "turned": (y * self.turn).abs(), "n": self.none.sum() + self.seen}
+
+
+@pytest.fixture(scope="module")
+def result() -> laconic.Result:
+    torch.manual_seed(0)
+    batch = {0: torch.export.Dim("batch")}
+    return laconic.optimize(Counting(), inputs={"x": torch.randn(3, 8)}, dynamic_shapes={"x": batch})
+
+
+@pytest.fixture(scope="module")
+def saved(result: laconic.Result, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return result.save(tmp_path_factory.mktemp("saved") / "out")
+
+
+def test_it_reads_back_to_the_same_bits_and_state(result: laconic.Result, saved: Path) -> None:
+    one, two = laconic.load(saved), laconic.load(saved)
+    for batch in (1, 3, 6):
+        x = torch.randn(batch, 8)
+        a, b = one(x), two(x=x)
+        assert all(bit_equal(a[k], b[k]) for k in a)
+    assert one.seen == 3
+    assert set(one.state_dict()) >= {"first.weight", "second.weight", "seen", "low"}
+    assert one.second.weight is one.first.weight
+
+
+def test_a_storage_is_written_once(saved: Path, result: laconic.Result) -> None:
+    weights = sum(w.value.numel() * w.value.element_size() for w in result.program.weights.values())
+    assert (saved / "weights.safetensors").stat().st_size < weights + 4096
+    assert {p.name for p in saved.iterdir()} == {
+        "program.txt",
+        "weights.safetensors",
+        "recipe.yaml",
+        "ledger.json",
+        "plans",
+    }
+
+
+def test_alignment_survives(tmp_path: Path) -> None:
+    """Weights that start off a boundary, as a mapped file gives them, come back as they were."""
+    room = torch.randn(64 * 64 + 6)
+    linear = nn.Linear(64, 64)
+    linear.weight = nn.Parameter(room[6:].view(64, 64))
+    result = laconic.optimize(linear, inputs=(torch.randn(1, 64),))
+    reloaded = laconic.load(result.save(tmp_path / "out"))
+    assert reloaded.program.weights["weight"].value.data_ptr() % 64 == linear.weight.data_ptr() % 64
+    x = torch.randn(1, 64)
+    assert bit_equal(reloaded(x), linear(x).detach())
+
+
+def test_an_existing_dir_is_left_alone_without_force(result: laconic.Result, saved: Path) -> None:
+    before = (saved / "program.txt").read_bytes()
+    with pytest.raises(UsageError, match="exists"):
+        result.save(saved)
+    assert (saved / "program.txt").read_bytes() == before
+    assert os.listdir(saved.parent) == ["out"]
+
+
+@pytest.mark.parametrize("name", ["program.txt", "weights.safetensors", "recipe.yaml"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "changed"])
+def test_damage_is_named(saved: Path, tmp_path: Path, name: str, damage: str) -> None:
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", str(saved), str(copy)], check=True)
+    file = copy / name
+    content = file.read_bytes()
+    if damage == "missing":
+        file.unlink()
+    elif damage == "cut":
+        file.write_bytes(content[: len(content) // 2])
+    else:
+        middle = content.index(b"weights.safetensors: ") + 30 if name == "recipe.yaml" else len(content) // 2
+        file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    with pytest.raises(ModelError) as caught:
+        laconic.load(copy)
+    assert ("weights.safetensors" if damage == "changed" and name == "recipe.yaml" else name) in str(caught.value)
+
+
+def test_an_unverified_dir_is_refused(tmp_path: Path) -> None:
+    result = laconic.optimize(nn.Linear(4, 4), inputs=(torch.ones(1, 4),), check=False)
+    folder = result.save(tmp_path / "out")
+    assert yaml.safe_load((folder / "recipe.yaml").read_text())["verified"] is False
+    with pytest.raises(VerificationError, match="UNVERIFIED"):
+        laconic.load(folder)
+    laconic.load(folder, allow_unverified=True)(torch.ones(1, 4))
+
+
+def test_failing_while_saving_leaves_nothing(
+    result: laconic.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("laconic.artefact._write_recipe", fail)
+    with pytest.raises(KeyboardInterrupt):
+        result.save(tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+
+
+def test_kill_at_twenty_moments_leaves_the_old_dir_or_the_new_one(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", KILLER, str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("[0, 1]"), "both programs were found in place"
+    assert done.stdout.rstrip().endswith("['out']"), (
+        "what killed savers left beside the DIR is cleaned by the next save"
+    )
