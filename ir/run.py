@@ -83,7 +83,7 @@ class Runnable(nn.Module):
 
     Parameters and buffers are registered under their own names and share the Program's tensors; states are updated in
     place. Calls run without gradients, as the model was captured: with them kernels choose another path and round
-    differently. Sizes are checked against the captured axes: UsageError names the argument, what is expected, what came.
+    differently. Sizes are checked against the captured axes: UsageError names the argument and what is expected.
     """
 
     def __init__(self, program: Program, entry: str = "forward") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +13,14 @@ from laconic.passes.base import Pass
 from laconic.passes.ledger import Ledger, Sizes
 
 
+def console() -> Console:
+    """Stdout; as wide as the terminal, else wide enough for a ledger."""
+    found = Console(highlight=False)
+    return found if found.is_terminal or "COLUMNS" in os.environ else Console(highlight=False, width=120)
+
+
 def print_table(table: Table) -> None:
-    Console().print(table, highlight=False)
+    console().print(table)
 
 
 def _table(title: str, columns: Sequence[str], numeric: Sequence[str] = ()) -> Table:
@@ -56,7 +63,7 @@ def _sizes(sizes: Sizes) -> tuple[str, str, str]:
 def ledger_report(ledger: Ledger) -> None:
     print_table(ledger_table(ledger))
     cases = f"checked on {len(ledger.checked)} inputs" if ledger.checked else "contracts not checked"
-    Console().print(f"{'verified' if ledger.verified else 'UNVERIFIED'}; {cases}", highlight=False)
+    console().print(f"{'verified' if ledger.verified else 'UNVERIFIED'}; {cases}")
 
 
 def evaluation_report(data: dict[str, Any]) -> None:
@@ -69,10 +76,10 @@ def evaluation_report(data: dict[str, Any]) -> None:
 
 
 def export_report(data: dict[str, Any]) -> None:
-    Console().print(f"{data['path']} is written and checked", highlight=False)
+    console().print(f"{data['path']} is written and checked")
     shown = {k: v for k, v in data.items() if k in ("opset", "ir_version", "nodes", "bytes", "checks")}
     for key, value in shown.items():
-        Console().print(f"  {key}: {value}", highlight=False, soft_wrap=True)
+        console().print(f"  {key}: {value}", soft_wrap=True)
 
 
 def doctor_report(found: dict[str, Any]) -> None:
