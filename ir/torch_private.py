@@ -109,7 +109,7 @@ def quiet(mode: FakeTensorMode) -> Iterator[None]:
 
 def guards(mode: FakeTensorMode) -> list[str]:
     """What has been decided by the examples of symbolic sizes."""
-    env = mode.shape_env
+    env = shape_env(mode)
     return [str(g.expr) for g in env.guards] + [f"{old} = {new}" for old, new in env.replacements.items()]
 
 

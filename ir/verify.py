@@ -16,7 +16,7 @@ from torch import fx
 
 from laconic.ir.alias import boundary
 from laconic.ir.errors import VerificationError
-from laconic.ir.program import Entry, Kind, Program, Role
+from laconic.ir.program import Entry, Kind, Program, Role, Weight
 from laconic.ir.propagate import recompute
 from laconic.ir.signature import signature
 from laconic.ir.torch_private import guards
@@ -218,9 +218,21 @@ def _interface(before: Program, after: Program) -> None:
             raise VerificationError(f"the state {name!r} is gone")
         if now is not None and (now.kind, now.trainable) != (weight.kind, weight.trainable):
             raise VerificationError(f"the weight {name!r} changed its kind or whether it is trained")
+        alias = after.aliases.get(name)
+        target = after.weights.get(alias.target) if now is None and alias is not None and alias.target else None
+        if target is not None and _training(target) != _training(weight):
+            raise VerificationError(
+                f"the weight {name!r} now stands in {target.name!r}, which is trained otherwise",
+                why=f"{weight.kind} and {target.kind}; trained: {weight.trainable} and {target.trainable}",
+            )
     for name in before.aliases:
         if name not in after.aliases:
             raise VerificationError(f"the alias {name!r} is gone")
+
+
+def _training(weight: Weight) -> tuple[bool, bool, bool]:
+    """What an optimizer and a caller who updates states tell apart."""
+    return (weight.kind is Kind.PARAMETER, weight.kind is Kind.STATE, weight.trainable)
 
 
 def _outputs(before: Program, after: Program, name: str) -> None:
