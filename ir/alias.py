@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from laconic.ir.program import Entry
+from laconic.ir.program import Entry, Program
 from laconic.ir.traits import traits
 from laconic.ir.types import TensorType, same_type, type_of
 
@@ -59,6 +59,16 @@ def boundary(entry: Entry) -> frozenset[tuple[str, str]]:
     return frozenset(pairs)
 
 
+def exposed(program: Program) -> set[str]:
+    """Weights that some output may share storage with: callers may write into them, and may tell them apart."""
+    return {
+        source.meta["name"]
+        for entry in program.entries.values()
+        for value in entry.output_values
+        if isinstance(value, fx.Node) and (source := root(value)).op == "placeholder"
+    }
+
+
 def _surely_shares(node: fx.Node, operand: fx.Node) -> bool:
     """Whether `node`, a view of `operand` by its op's schema, is one at every size: a reshape may be a copy."""
     if not traits(node).may_copy:
@@ -98,6 +108,13 @@ class Aliasing:
         while (operand := alias_operand(node)) is not None and not (surely and not _surely_shares(node, operand)):
             node = self.now(operand)
         return node
+
+    def chain(self, node: fx.Node) -> list[fx.Node]:
+        """`node` and the values whose storage it may live in, nearest first, after all replacements so far."""
+        found = [self.now(node)]
+        while (operand := alias_operand(found[-1])) is not None:
+            found.append(self.now(operand))
+        return found
 
     def escapes(self, node: fx.Node) -> bool:
         """Whether some output may share storage with `node`."""

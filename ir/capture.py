@@ -115,7 +115,8 @@ def _first_lines(problem: Exception) -> str:
 
 
 def _advice(module: nn.Module, problem: Exception) -> str:
-    if "ConstraintViolation" in f"{type(problem).__name__} {problem}":
+    said = f"{type(problem).__name__} {problem}"
+    if "ConstraintViolation" in said or "Constraints violated" in said:
         return "fix the axis that torch names, or leave it out of dynamic_shapes"
     if "dynamic_shapes" in str(problem):
         return "dynamic_shapes goes by argument name: {'x': {0: torch.export.Dim('batch')}}, None for what is no tensor"

@@ -51,8 +51,9 @@ class EntryParser:
         nodes: list[fx.Node] = []
         arguments: dict[str, Tree] = {}
         while at.peek("input"):
-            inputs.append(self.input())
-            nodes.append(next(reversed(self.graph.nodes)))
+            declared, node = self.input()
+            inputs.append(declared)
+            nodes.append(node)
             at.end_line()
         while at.accept("argument"):
             name = at.take_word("an argument's name")
@@ -84,7 +85,7 @@ class EntryParser:
                 self.graph.erase_node(node)
         return Entry(self.name, self.graph, inputs, outputs, arguments, results)
 
-    def input(self) -> Input:
+    def input(self) -> tuple[Input, fx.Node]:
         at = self.at
         at.advance()
         label, token = self.label()
@@ -104,7 +105,7 @@ class EntryParser:
             at.fail("an input must be a tensor", token)
         self.define(node, label, token)
         node.meta.update(kind=Kind.INPUT, name=name, val=value)
-        return Input(name, low, high)
+        return Input(name, low, high), node
 
     def label(self) -> tuple[str, Token]:
         token = self.at.take("value", "a value (%name)")

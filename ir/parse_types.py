@@ -44,6 +44,8 @@ class TypeParser:
         stride = self.size_list("}") if at.accept("{") else contiguous_stride(shape)
         if len(stride) != len(shape):
             at.fail("as many strides as sizes are needed", token)
+        if any(isinstance(n, int) and n < 0 for n in (*shape, *stride)):
+            at.fail("sizes and strides are not negative", token)
         device = "cpu"
         if at.next.kind == "row" or at.peek("@"):
             device = at.advance().text.lstrip("@")

@@ -96,7 +96,7 @@ _MAY_COPY = {
 @dataclass(frozen=True)
 class Traits:
     """What an op call may do. `alias` is the position of the operand that its result may share storage with;
-    `may_copy` says that it need not."""
+    `may_copy` says that it need not. `pointwise`: each element of the result comes from one of each operand."""
 
     effectful: bool = False
     random: bool = False
@@ -104,6 +104,7 @@ class Traits:
     type_only: bool = False
     alias: int | None = None
     may_copy: bool = False
+    pointwise: bool = False
 
     @property
     def pure(self) -> bool:
@@ -133,6 +134,7 @@ def _op_traits(op: torch._ops.OpOverload) -> Traits:
         type_only=schema.name in _TYPE_ONLY,
         alias=alias,
         may_copy=schema.name in _MAY_COPY,
+        pointwise=torch.Tag.pointwise in op.tags,
     )
 
 

@@ -139,7 +139,8 @@ def _structure(program: Program, entry: Entry) -> None:
         raise VerificationError(f"entry {entry.name!r} declares {len(entry.outputs)} outputs and has another number")
     paths = [path or "output" for path, leaf in leaves(entry.results) if isinstance(leaf, Leaf)]
     if paths != [o.name for o in entry.outputs if o.role is Role.RESULT]:
-        raise VerificationError(f"entry {entry.name!r} names its results otherwise than their tree", why=f"tree: {paths}")
+        what = f"entry {entry.name!r} names its results otherwise than their tree"
+        raise VerificationError(what, why=f"tree: {paths}")
 
 
 def _legal(program: Program, node: fx.Node) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from laconic.ir.alias import Aliasing, root
+from laconic.ir.alias import Aliasing, exposed, root
 from laconic.ir.program import Entry, Kind, Program
 from laconic.ir.torch_private import storage_key
 from laconic.ir.traits import traits
@@ -26,13 +26,15 @@ class Constants:
         self._program, self._entry = program, entry
         self._values: dict[fx.Node, Any] = {}
         self._known: set[fx.Node] = set()
+        self._written = exposed(program)  # a caller who receives a row may write into it between calls
         for node in entry.graph.nodes:
             if self._is_constant(node, read_weights):
                 self._known.add(node)
 
     def _is_constant(self, node: fx.Node, read_weights: bool) -> bool:
         if node.op == "placeholder":
-            return read_weights and node.meta["kind"] in (Kind.BUFFER, Kind.CONSTANT)
+            fixed = node.meta["kind"] in (Kind.BUFFER, Kind.CONSTANT) and node.meta["name"] not in self._written
+            return read_weights and fixed
         if node.op != "call_function":
             return False
         facts = traits(node)

@@ -23,9 +23,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import fx
 
-from laconic.ir.alias import root
+from laconic.ir.alias import exposed
 from laconic.ir.memory import misalignment
 from laconic.ir.metrics import bit_equal
 from laconic.ir.program import Alias, Kind, Program, Weight
@@ -56,12 +55,12 @@ class Dedup(Pass):
         return True
 
     def plan(self, program: Program, statistics: Any = None, score: Any = None) -> Plan:
-        exposed = _exposed(program)
+        returned = exposed(program)
         rows = [
             w
             for w in program.weights.values()
             if w.kind is not Kind.STATE
-            and w.name not in exposed
+            and w.name not in returned
             and w.value.numel()
             and (self.trainable or not w.trainable)
         ]
@@ -93,16 +92,6 @@ class Dedup(Pass):
             drop_weight(program, name, Alias(target, rows))
 
 
-def _exposed(program: Program) -> set[str]:
-    """Weights that some output shares storage with: the caller may tell them apart."""
-    return {
-        source.meta["name"]
-        for entry in program.entries.values()
-        for value in entry.output_values
-        if isinstance(value, fx.Node) and (source := root(value)).op == "placeholder"
-    }
-
-
 def _read_for_gradients(program: Program) -> set[str]:
     """Trained weights that a kernel is chosen by; their rows taken by a slice do not require gradients."""
     return {
@@ -131,7 +120,7 @@ def _whole(rows: list[Weight]) -> tuple[list[dict[str, Any]], list[Weight]]:
         if len(group) < 2:
             continue
         by_content: dict[bytes, Weight] = {}
-        for weight in group:
+        for weight in sorted(group, key=lambda w: not w.persistent):  # a row of the state dict stays one
             first = by_content.setdefault(content_key(weight.value), weight)
             if first is not weight and bit_equal(first.value, weight.value):
                 actions.append({"rule": "same bytes", "weight": weight.name, "same_as": first.name})

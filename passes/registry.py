@@ -26,8 +26,8 @@ _BUILTIN = {
     "simplify": "laconic.passes.simplify:Simplify",
 }
 
-#: Pipelines with a name. `exact` is the default everywhere and holds only exact passes. `simplify` stands before `dedup`,
-#: which finds equal ones among the constants it folds, and so a second run finds nothing.
+#: Pipelines with a name. `exact` is the default everywhere and holds only exact passes. `simplify` stands before
+#: `dedup`, which finds equal ones among the constants it folds, and so a second run finds nothing.
 PRESETS: dict[str, str] = {"exact": "simplify,dedup,cse,dce", "none": ""}
 
 

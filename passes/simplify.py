@@ -10,8 +10,9 @@ x & True and x | False. *Constant*: a call whose operands are all constants beco
 small; parameters are never folded, since that would freeze what is trained. *Number*: a call on sizes with a known
 result.
 
-Safe because types, strides included, are the same before and after (kernels choose by strides, and another kernel
-rounds differently), and because nothing that a caller receives as a tensor of its own becomes a view of another.
+Safe because types, strides and alignment included, are the same before and after (kernels choose by them, and another
+kernel rounds differently: before a matrix product a copy of a user's input stays, as that may start anywhere), and
+because nothing that a caller receives as a tensor of its own becomes a view of another.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from laconic.ir.alias import Aliasing, alias_operand
+from laconic.ir.alias import Aliasing, alias_operand, root
+from laconic.ir.memory import ALIGNMENT, misalignment
 from laconic.ir.program import Entry, Kind, Program
 from laconic.ir.rewrite import add_constant, find, inline_literal, substitute, weight_node
 from laconic.ir.torch_private import is_symbolic, storage_key
 from laconic.ir.traits import reads_requires_grad, traits
-from laconic.ir.types import TensorType, same_size, type_of
+from laconic.ir.types import NumberType, TensorType, same_size, type_of
 from laconic.passes.base import Contract, Pass, Plan
 from laconic.passes.constants import Constants
 
@@ -76,15 +78,20 @@ class Simplify(Pass):
     def plan(self, program: Program, statistics: Any = None, score: Any = None) -> Plan:
         actions: list[dict[str, Any]] = []
         tensors: dict[str, torch.Tensor] = {}
+        near: list[str] = []
         for entry in program.entries.values():
             constants = Constants(program, entry, read_weights=self.values)
             folded = constants.frontier(self.max_bytes, Aliasing(entry))
-            actions += _identities(entry, constants, folded)
+            actions += _identities(program, entry, constants, folded, near)
             for node, value in folded.items():
-                name = f"folded_{entry.name}_{node.name}"  # no dot: a part such as `forward` would be a method of a module
+                name = f"folded_{entry.name}_{node.name}"  # no dot: a part might be a method of a module
                 tensors[name] = value
                 actions.append(_action("constant", entry, node, constant=name))
-        return Plan(self.spec, tuple(actions), tensors, "no call is an identity or a constant")
+        reason = "no call is an identity or a constant"
+        if near:
+            reason = "what a copy or identity is made of may start elsewhere in memory, and kernels round by that: "
+            reason += ", ".join(f"%{name}" for name in near[:4])
+        return Plan(self.spec, tuple(actions), tensors, reason)
 
     def rewrite(self, program: Program, plan: Plan) -> None:
         for entry in program.entries.values():
@@ -104,8 +111,11 @@ def _action(rule: str, entry: Entry, node: fx.Node, **what: Any) -> dict[str, An
     return {"rule": rule, "entry": entry.name, "node": node.name, "site": node.meta.get("site"), **what}
 
 
-def _identities(entry: Entry, constants: Constants, folded: Mapping[fx.Node, Any]) -> Iterator[dict[str, Any]]:
-    """Actions for calls, but `folded` ones, that equal a value that stands before them, or a number."""
+def _identities(
+    program: Program, entry: Entry, constants: Constants, folded: Mapping[fx.Node, Any], near: list[str]
+) -> Iterator[dict[str, Any]]:
+    """Actions for calls, but `folded` ones, that equal a value that stands before them, or a number. The names of those
+    that do, but for whose users a kernel might be another, go to `near`."""
     aliasing = Aliasing(entry)
     returned = {v for v in entry.output_values if isinstance(v, fx.Node)}
     for node in entry.calls():
@@ -117,15 +127,34 @@ def _identities(entry: Entry, constants: Constants, folded: Mapping[fx.Node, Any
                 yield _action("number", entry, node, number=value)
             continue
         for rule, same in _equals(node, constants):
-            if aliasing.may_replace(node, same) and _same_kernels(node, aliasing.now(same)):
+            if aliasing.escapes(node) and not folded.keys().isdisjoint(aliasing.chain(same)):
+                continue  # callers would receive the row that the constant becomes
+            if not aliasing.may_replace(node, same):
+                continue
+            if not _same_kernels(program, node, aliasing.now(same), fresh=rule != "no-op view"):
+                near.append(node.name)
+            else:
                 aliasing.replaced(node, same)
                 yield _action(rule, entry, node, **{"with": same.name})
                 break
 
 
-def _same_kernels(node: fx.Node, same: fx.Node) -> bool:
-    """Whether users of `node` choose the same kernels for `same`: a parameter may require gradients, its copy does not."""
-    return same.meta.get("kind") != Kind.PARAMETER or not any(reads_requires_grad(user) for user in node.users)
+def _same_kernels(program: Program, node: fx.Node, same: fx.Node, *, fresh: bool) -> bool:
+    """Whether users of `node` choose the same kernels for `same`, given that `node` is memory of its own if `fresh`."""
+    if same.meta.get("kind") == Kind.PARAMETER and any(reads_requires_grad(user) for user in node.users):
+        return False
+    return not fresh or _starts_aligned(program, same) or not _alignment_matters(node)
+
+
+def _alignment_matters(node: fx.Node) -> bool:
+    """Whether a user of `node`, or of a view of it, may choose a kernel by where it starts: all but pointwise ops."""
+    for user in node.users:
+        if alias_operand(user) is node:
+            if _alignment_matters(user):
+                return True
+        elif not (user.op == "call_function" and (traits(user).pointwise or user.target in _COPIES)):
+            return True
+    return False
 
 
 def _equals(node: fx.Node, constants: Constants) -> Iterator[tuple[str, fx.Node]]:
@@ -145,6 +174,23 @@ def _equals(node: fx.Node, constants: Constants) -> Iterator[tuple[str, fx.Node]
         for kept, other in ((first, second), (second, first)):
             if isinstance(kept, fx.Node) and _identical(node, kept) and _all_are(constants, other, _LOGIC[node.target]):
                 yield "identity", kept
+
+
+def _starts_aligned(program: Program, node: fx.Node) -> bool:
+    """Whether a value surely starts on the boundary that a fresh copy of it would start on.
+
+    A user's input may start anywhere, and so may a view of some rows.
+    """
+    value, source = node.meta["val"], root(node)
+    offset = type_of(value.storage_offset())
+    if not isinstance(offset, NumberType) or not isinstance(offset.value, int):
+        return False
+    start = offset.value * value.element_size()
+    if source.op == "placeholder":
+        if source.meta["kind"] == Kind.INPUT:
+            return False
+        start += misalignment(program.weights[source.meta["name"]].value)
+    return bool(start % ALIGNMENT == 0)
 
 
 def _same_view(node: fx.Node) -> fx.Node | None:

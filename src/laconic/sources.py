@@ -58,7 +58,7 @@ def capture_source(source: Source, progress: Callable[[str], None] = lambda stag
     try:
         return attempt(source.dynamic_shapes)
     except UnsupportedError as problem:
-        if source.dynamic_shapes is None or "ConstraintViolation" not in problem.why:
+        if source.dynamic_shapes is None or not _fixes_an_axis(problem):
             raise
     progress("tracing again, since the model fixes an axis")
     free = attempt(source.with_auto_dims().dynamic_shapes)
@@ -69,6 +69,10 @@ def capture_source(source: Source, progress: Callable[[str], None] = lambda stag
         return free
     program.facts["specialized"] = fixed
     return program
+
+
+def _fixes_an_axis(problem: UnsupportedError) -> bool:
+    return "ConstraintViolation" in problem.why or "Constraints violated" in problem.why
 
 
 def free_axes(program: Program, dynamic_shapes: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
