@@ -33,14 +33,28 @@ def alias_operand(node: fx.Node) -> fx.Node | None:
     if position is None or position >= len(node.args):
         return None
     operand = node.args[position]
+    if isinstance(operand, (list, tuple)) and len(operand) == 1:
+        operand = operand[0]
     return operand if isinstance(operand, fx.Node) else None
 
 
 def root(node: fx.Node) -> fx.Node:
-    """The value whose storage `node` may live in: itself, or what it is a view of a view of."""
+    """The value whose storage `node` may live in: itself, or what it is a view of a view of. Of several calls that take
+    the same element of one tuple it is the first."""
     while (operand := alias_operand(node)) is not None:
         node = operand
-    return node
+    source = _tuple_of(node)
+    if source is None:
+        return node
+    return next(u for u in source.users if u.target is operator.getitem and u.args[1] == node.args[1])
+
+
+def _tuple_of(node: fx.Node) -> fx.Node | None:
+    """The call of which `node` takes one of several fresh results."""
+    if node.op != "call_function" or node.target is not operator.getitem or alias_operand(node) is not None:
+        return None
+    source: Any = node.args[0]
+    return source if isinstance(source, fx.Node) else None
 
 
 def boundary(entry: Entry) -> frozenset[tuple[str, str]]:
@@ -99,7 +113,7 @@ class Aliasing:
         step: fx.Node | None = self.now(node)
         while step is not None and step not in self._escaping:
             self._escaping.add(step)
-            operand = alias_operand(step)
+            operand = alias_operand(step) or _tuple_of(step)
             step = None if operand is None else self.now(operand)
 
     def _root(self, node: fx.Node, *, surely: bool) -> fx.Node:

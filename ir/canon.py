@@ -48,8 +48,7 @@ def _drop_defaults(node: fx.Node) -> None:
         key: value
         for key, value in node.kwargs.items()
         if not (
-            (key in defaults
-            and (type(value) is type(defaults[key]) and value == defaults[key]))
+            (key in defaults and (type(value) is type(defaults[key]) and value == defaults[key]))
             or (key == "pin_memory" and value is False)
         )
     }

@@ -15,17 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import nn
 from torch.export import ExportedProgram
 
 from laconic.ir.capture_build import build
-from laconic.ir.capture_check import compare_with_module
-from laconic.ir.errors import LaconicError, ModelError, UnsupportedError
+from laconic.ir.capture_check import Call, ModuleState, compare_with_module
+from laconic.ir.errors import FixedAxisError, LaconicError, ModelError, UnsupportedError
 from laconic.ir.program import Program
 from laconic.ir.silence import torch_silenced
 from laconic.ir.source import user_source
 from laconic.ir.torch_private import dead_draws_kept
+from laconic.ir.types import DTYPE_NAMES
 from laconic.ir.verify import verify
+
+#: Modules of torch that have a native fast path in eval mode.
+_FAST = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 
 
 def capture_module(
@@ -40,49 +45,97 @@ def capture_module(
     """Capture `module` in eval mode without gradients, as called with these example inputs.
 
     `dynamic_shapes` is torch.export's: by argument name, None for what is no tensor. Weights are shared with the
-    module, states are copied; the module is left as it was. With `check` the Program must give the module's bits on the
+    module, states are copied; the module is left as it was: modes, Python attributes, buffers and the values of plain
+    tensor attributes are put back, also if capture fails. With `check` the Program must give the module's bits on the
     examples and at other sizes of every dynamic axis.
 
-    Raises UnsupportedError with the user's source line if the model cannot be captured, ModelError if a parameter is
-    not finite, VerificationError if the captured Program is not the module.
+    Attention of `torch.nn` is captured as its Python code computes it, which is what it is compared with: eager takes
+    one native kernel instead ("fast path"), which rounds differently. `facts["fastpath"]` is "off" for such a model.
+
+    Raises UnsupportedError with the user's source line if the model cannot be captured (FixedAxisError if it fixes an
+    axis that is to be dynamic), ModelError if a parameter is not finite, VerificationError if the captured Program is
+    not the module.
     """
+    _refuse_tensors(module, args, kwargs)
     _refuse_nonfinite(module)
-    with _inference(module):
+    args, kwargs = _unshared(args, kwargs)
+    with _inference(module) as state:
         progress("tracing")
         exported = _export(module, args, kwargs, dynamic_shapes)
         progress("building the program")
         program = build(module, exported, args, kwargs, dynamic_shapes)
+        if any(isinstance(m, _FAST) for m in module.modules()):
+            program.facts["fastpath"] = "off"
         progress("verifying types")
         verify(program)
         if check:
             progress("comparing with the module")
-            with torch.random.fork_rng(devices=[]):
-                compare_with_module(program, module)
+            state.restore()
+            compare_with_module(program, module, Call.of(args, kwargs), state)
     return program
 
 
 @contextmanager
-def _inference(module: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients, each submodule's own mode restored afterwards."""
+def _inference(module: nn.Module) -> Iterator[ModuleState]:
+    """Eval mode without gradients and native attention. The module, each submodule's mode included, and the CPU's
+    random generator are put back afterwards."""
     training = [m for m in module.modules() if m.training]
+    fast = torch.backends.mha.get_fastpath_enabled()
     module.eval()
+    state = ModuleState(module)
     try:
-        with torch.no_grad():
-            yield
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            yield state
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        state.restore()
         for m in training:
             m.training = True
+
+
+def _unshared(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same call with a tensor of its own at each place: torch takes one tensor at two places for one input."""
+    flat, spec = pytree.tree_flatten((tuple(args), kwargs))
+    seen: set[int] = set()
+    for k, value in enumerate(flat):
+        if isinstance(value, torch.Tensor):
+            if id(value) in seen:
+                flat[k] = value.clone()
+            seen.add(id(value))
+    args, kwargs = pytree.tree_unflatten(flat, spec)
+    return args, kwargs
+
+
+def _refuse_tensors(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Layouts and dtypes that a Program has no type for."""
+    named = [(f"the weight {name!r}", tensor) for name, tensor in module.state_dict(keep_vars=True).items()]
+    named += [(f"the buffer {name!r}", buffer) for name, buffer in module.named_buffers()]
+    named += [("an example input", value) for value in pytree.tree_leaves((tuple(args), kwargs))]
+    for what, tensor in named:
+        if nn.parameter.is_lazy(tensor):
+            why, hint = "has no shape yet", "run the model once before it is captured"
+        elif not isinstance(tensor, torch.Tensor):
+            continue
+        elif tensor.layout is not torch.strided:
+            why, hint = f"has the layout {tensor.layout}", "make it dense, with to_dense()"
+        elif tensor.dtype not in DTYPE_NAMES:
+            why, hint = f"has the dtype {tensor.dtype}", "known dtypes: " + ", ".join(DTYPE_NAMES.values())
+        else:
+            continue
+        raise UnsupportedError(f"{type(module).__name__} cannot be captured", why=f"{what} {why}", hint=hint)
 
 
 def _refuse_nonfinite(module: nn.Module) -> None:
     bad = []
     for name, parameter in module.named_parameters():
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
-            count = int((~torch.isfinite(parameter)).sum())
-            bad.append(f"{name}: {count} of {parameter.numel()} values")
+        values = _inexact(parameter)
+        if values is not None and not bool(torch.isfinite(values).all()):
+            bad.append(f"{name}: {int((~torch.isfinite(values)).sum())} of {values.numel()} values")
     for name, buffer in module.named_buffers():
-        if buffer.is_floating_point() and bool(buffer.isnan().any()):
-            bad.append(f"{name}: {int(buffer.isnan().sum())} of {buffer.numel()} values are NaN")
+        values = _inexact(buffer)
+        if values is not None and bool(values.isnan().any()):
+            bad.append(f"{name}: {int(values.isnan().sum())} of {values.numel()} values are NaN")
     if bad:
         shown = "\n".join(bad[:8]) + (f"\nand {len(bad) - 8} more" if len(bad) > 8 else "")
         raise ModelError(
@@ -90,6 +143,13 @@ def _refuse_nonfinite(module: nn.Module) -> None:
             why=shown,
             hint="repair the checkpoint: nothing that is computed from these values can be compared",
         )
+
+
+def _inexact(tensor: torch.Tensor) -> torch.Tensor | None:
+    """The values of a floating or complex tensor, in a dtype that can be looked at; None for any other."""
+    if tensor.is_floating_point() and tensor.element_size() == 1:
+        return tensor.detach().float()
+    return tensor.detach() if tensor.is_floating_point() or tensor.is_complex() else None
 
 
 def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:
@@ -101,23 +161,43 @@ def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dy
     except LaconicError:
         raise
     except Exception as problem:
-        raise UnsupportedError(
+        kind = FixedAxisError if _fixes_an_axis(problem) else UnsupportedError
+        raise kind(
             f"{type(module).__name__} cannot be captured",
             where=_culprit(problem),
             why=_first_lines(problem),
-            hint=_advice(module, problem),
+            hint=_advice(module, problem, args, kwargs),
         ) from problem
 
 
-def _first_lines(problem: Exception) -> str:
-    lines = [line.strip() for line in str(problem).strip().splitlines() if line.strip()]
-    return f"{type(problem).__name__}: " + "\n".join(lines[:3]) if lines else type(problem).__name__
-
-
-def _advice(module: nn.Module, problem: Exception) -> str:
+def _fixes_an_axis(problem: Exception) -> bool:
+    """Whether torch refuses an axis that the model, or the example's size of 0 or 1, does not leave free."""
+    kind = getattr(getattr(problem, "error_type", None), "name", "")
     said = f"{type(problem).__name__} {problem}"
-    if "ConstraintViolation" in said or "Constraints violated" in said:
-        return "fix the axis that torch names, or leave it out of dynamic_shapes"
+    signs = ("ConstraintViolation", "Constraints violated", "conflicts between user-specified ranges and inferred")
+    return kind == "CONSTRAINT_VIOLATION" or any(sign in said for sign in signs)
+
+
+def _first_lines(problem: Exception) -> str:
+    """What torch says: at most three lines, and with them what it suggests, six in all."""
+    lines = [line.strip() for line in str(problem).strip().splitlines() if line.strip()]
+    if not lines:
+        return type(problem).__name__
+    start = next((k for k, line in enumerate(lines) if line.startswith("Suggested fixes")), len(lines))
+    suggested = [line for line in lines[start:] if not line.startswith("The error above")]
+    shown = list(dict.fromkeys(lines[:start]))[:3] + suggested
+    return f"{type(problem).__name__}: " + "\n".join(line[:300] for line in shown[:6])
+
+
+def _advice(module: nn.Module, problem: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    if _fixes_an_axis(problem):
+        given = [v for v in pytree.tree_leaves((tuple(args), kwargs)) if isinstance(v, torch.Tensor)]
+        if any(size <= 1 for tensor in given for size in tensor.shape):
+            return (
+                "torch takes a size of 0 or 1 for a fixed one: give examples of size 2 or more on dynamic axes; else "
+                "fix the axis that torch names, or leave it out of dynamic_shapes"
+            )
+        return "take what torch suggests, fix the axis that it names, or leave it out of dynamic_shapes"
     if "dynamic_shapes" in str(problem):
         return "dynamic_shapes goes by argument name: {'x': {0: torch.export.Dim('batch')}}, None for what is no tensor"
     shared = _shared_names(module)

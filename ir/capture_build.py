@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import sympy
@@ -22,8 +23,8 @@ from laconic.ir.propagate import propagate
 from laconic.ir.rewrite import fake_weight, placeholder_name
 from laconic.ir.source import user_source
 from laconic.ir.torch_private import expression, free_symbols, is_unbacked, symbol_hint
-from laconic.ir.tree import Leaf, Tree, leaves, plain
-from laconic.ir.types import TensorType, type_of
+from laconic.ir.tree import Leaf, Tree, class_of, leaves, plain
+from laconic.ir.types import DTYPE_NAMES, TensorType, type_of
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class _Builder:
         self._refuse_foreign()
         names, inputs, arguments = self._arguments()
         examples = self._examples(arguments)
-        self._symbols(names, arguments)
+        self._symbols(arguments)
         self._weights()
         declared = [self._input(name, label, e) for name, label, e in zip(names, inputs, examples, strict=True)]
         self._calls()
@@ -138,10 +139,10 @@ class _Builder:
         ordered = [value for value, s in zip(given, specs, strict=True) if isinstance(s.arg, TensorArgument)]
         return ordered
 
-    def _symbols(self, names: list[str], arguments: dict[str, Tree]) -> None:
+    def _symbols(self, arguments: dict[str, Tree]) -> None:
         """Our own symbol for each of export's, under the name the user gave its axis."""
-        wanted = _axis_names(self.dynamic, arguments, names)
-        ranges = self.exported.range_constraints
+        dims = _axis_dims(self.dynamic, arguments)
+        found: dict[sympy.Symbol, tuple[Any, Any]] = {}  # its environment, and the user's Dim if it is an axis itself
         position = -1
         for node, spec in zip(self.exported.graph.nodes, self.exported.graph_signature.input_specs, strict=False):
             if spec.kind is not InputKind.USER_INPUT or not isinstance(spec.arg, TensorArgument):
@@ -151,15 +152,22 @@ class _Builder:
             for axis, size in enumerate(value.shape):
                 expr = expression(size)
                 for symbol in sorted(getattr(expr, "free_symbols", ()), key=str):
-                    if symbol in self.renamed:
-                        continue
-                    name = wanted.get((position, axis)) if expr == symbol else None
-                    taken = {s.name for s in self.result.symbols.values()}
-                    if name is None or name in taken:
-                        name = f"s{len(taken)}"
-                    low, high = _bounds(ranges.get(symbol))
-                    hint = symbol_hint(size.node.shape_env, symbol)
-                    self.renamed[symbol] = self.result.add_symbol(name, min(low, hint), high, hint)
+                    dim = dims.get((position, axis)) if expr == symbol else None
+                    if symbol not in found or found[symbol][1] is None:
+                        found[symbol] = (size.node.shape_env, dim)
+        self._add_symbols(found, {name for dim in dims.values() if (name := _dim_name(dim))})
+
+    def _add_symbols(self, found: dict[sympy.Symbol, tuple[Any, Any]], reserved: set[str]) -> None:
+        taken: set[str] = set()
+        for symbol, (env, dim) in found.items():
+            name = _dim_name(dim)
+            if not name or name in taken:
+                stem = f"{name}_" if name else "s"
+                name = next(n for k in count(len(taken)) if (n := f"{stem}{k}") not in reserved | taken)
+            taken.add(name)
+            low, high = _bounds(self.exported.range_constraints.get(symbol), dim)
+            hint = symbol_hint(env, symbol)
+            self.renamed[symbol] = self.result.add_symbol(name, min(low, hint), high, hint)
 
     def _weights(self) -> None:
         """One row a tensor: names tied to the same storage, offset, shape and strides share it."""
@@ -173,6 +181,8 @@ class _Builder:
             tensor = self.exported.state_dict.get(name)
             if tensor is None:
                 tensor = self.exported.constants[name]
+            if tensor.layout is not torch.strided or tensor.dtype not in DTYPE_NAMES:
+                self._refuse(None, f"it holds {name!r}, a tensor of {tensor.dtype} with the layout {tensor.layout}")
             key = (
                 tensor.untyped_storage().data_ptr(),
                 tensor.storage_offset(),
@@ -271,26 +281,29 @@ class _Builder:
         facts["model"] = type(self.module).__name__
         if self.args:
             facts["positional"] = len(self.args)
-        returned = self.exported.call_spec.out_spec.type
+        returned = class_of(self.exported.call_spec.out_spec)
         if returned is not None and returned not in (dict, list, tuple):
             facts["returned"] = returned.__name__
         fixed = []
-        names = _axis_names(self.dynamic, arguments, [i.name for i in self.result.forward.inputs], any_axis=True)
-        for (position, axis), _ in sorted(names.items()):
+        for position, axis in sorted(_axis_dims(self.dynamic, arguments)):
             kind = type_of(self.result.forward.input_nodes()[position].meta["val"])
             if isinstance(kind, TensorType) and isinstance(kind.shape[axis], int):
                 fixed.append(f"{self.result.forward.inputs[position].name} axis {axis} = {kind.shape[axis]}")
         if fixed:
             facts["specialized"] = fixed
-            log.warning("asked to be dynamic, but the model fixes: %s", "; ".join(fixed))
+            small = any(line.endswith(("= 0", "= 1")) for line in fixed)
+            note = " (torch takes an example's size of 0 or 1 for a fixed one)" if small else ""
+            log.warning("asked to be dynamic, but the model fixes: %s%s", "; ".join(fixed), note)
 
 
-def _bounds(known: Any) -> tuple[int, int | None]:
-    """Inclusive bounds of a size. Export's lower bound of 2 is an artefact of tracing, not of the model: 1 is tried."""
+def _bounds(known: Any, dim: Any) -> tuple[int, int | None]:
+    """Inclusive bounds of a size. A lower bound of 2 that the user did not ask for is an artefact of tracing, not of
+    the model: 1 is tried."""
     low = int(known.lower) if known is not None else 1
     bounded = known is not None and isinstance(known.upper, sympy.Integer) and int(known.upper) < 2**62
     high = int(known.upper) if bounded else None
-    return (1 if low <= 2 else low), high
+    asked = getattr(dim, "min", None) or 1
+    return (max(1, asked) if low <= 2 else low), high
 
 
 def _positional_names(module: nn.Module, count: int) -> list[str]:
@@ -301,29 +314,24 @@ def _positional_names(module: nn.Module, count: int) -> list[str]:
     return [names[k] if k < len(names) else f"args_{k}" for k in range(count)]
 
 
-def _axis_names(
-    dynamic: Any, arguments: dict[str, Tree], names: list[str], any_axis: bool = False
-) -> dict[tuple[int, int], str]:
-    """(input, axis) to the name of the user's Dim there; with `any_axis`, of every axis asked to be dynamic."""
+def _axis_dims(dynamic: Any, arguments: dict[str, Tree]) -> dict[tuple[int, int], Any]:
+    """(input, axis) to what the user asked for there, of every axis asked to be dynamic."""
     if not isinstance(dynamic, (dict, list, tuple)):
         return {}
     by_argument = dynamic if isinstance(dynamic, dict) else dict(zip(arguments, dynamic, strict=False))
-    found: dict[tuple[int, int], str] = {}
+    found: dict[tuple[int, int], Any] = {}
 
     def visit(tree: Tree, spec: Any) -> None:
         if spec is None:
             return
         if isinstance(tree, Leaf):
-            axes = spec.items() if isinstance(spec, dict) else enumerate(spec)
-            for axis, dim in axes:
-                name = getattr(dim, "__name__", None) if not isinstance(dim, (int, type(Dim.AUTO))) else None
-                if any_axis and dim is not None and not isinstance(dim, int) and dim is not Dim.STATIC:
-                    found[(tree.index, axis)] = name or ""
-                elif name and name.isidentifier():
-                    found[(tree.index, axis)] = name
+            for axis, dim in spec.items() if isinstance(spec, dict) else enumerate(spec):
+                if dim is not None and not isinstance(dim, int) and dim is not Dim.STATIC:
+                    found[(tree.index, axis)] = dim
         elif isinstance(tree, dict):
+            by_key = {str(key): part for key, part in spec.items()} if isinstance(spec, dict) else {}
             for key, child in tree.items():
-                visit(child, spec.get(key) if isinstance(spec, dict) else None)
+                visit(child, by_key.get(key))
         elif isinstance(tree, (list, tuple)):
             for child, part in zip(tree, spec, strict=False):
                 visit(child, part)
@@ -331,6 +339,12 @@ def _axis_names(
     for name, tree in arguments.items():
         visit(tree, by_argument.get(name))
     return found
+
+
+def _dim_name(dim: Any) -> str:
+    """The name of a user's Dim; "" for AUTO, DYNAMIC and None, and for one that does not fit into the text form."""
+    name = getattr(dim, "__name__", "") if not isinstance(dim, type(Dim.AUTO)) else ""
+    return name if name.isidentifier() and name.isascii() else ""
 
 
 def _module_path(node: fx.Node) -> str:

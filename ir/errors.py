@@ -54,6 +54,10 @@ class UnsupportedError(LaconicError):
     exit_code = 4
 
 
+class FixedAxisError(UnsupportedError):
+    """The model fixes, or constrains, an axis that was asked to be dynamic."""
+
+
 class MissingDependencyError(LaconicError):
     """An optional dependency or a compiler is not there."""
 

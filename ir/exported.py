@@ -110,9 +110,9 @@ class _Rebuild:
         for node in self.entry.calls():
             self._call(node)
         out_spec = self._results()
-        users = [s.arg for s in self.inputs if s.kind is InputKind.USER_INPUT]
-        returned = [s.arg for s in self.outputs if s.kind is OutputKind.USER_OUTPUT]
-        call = ModuleCallSignature(users, returned, in_spec, out_spec, forward_arg_names=names)
+        # Without names of nodes, as torch writes it for the root: decomposing renames weights, and torch follows none
+        # of them into a result.
+        call = ModuleCallSignature([], [], in_spec, out_spec, forward_arg_names=names)
         return ExportedProgram(
             root=nn.Module(),
             graph=self.graph,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -19,10 +21,14 @@ _TOKEN = re.compile(
   | (?P<site>!\d+)
   | (?P<number>(?:\d+\.\d*(?:e[+-]?\d+)?|\d+e[+-]?\d+|\d+)(?![\w]))
   | (?P<word>[A-Za-z_][\w.]*)
-  | (?P<mark>//|\*\*|\.\.|[-+*=:,(){}\[\]@])
+  | (?P<mark>//|\*\*|\.\.|[-+*=:,(){}\[\]@?])
     """,
     re.VERBOSE | re.ASCII,
 )
+
+#: How deep values, types and sizes may nest, and how many digits a whole number may have (2**64 has 20).
+MAX_DEPTH = 64
+MAX_DIGITS = 20
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class Cursor:
         self._lines = text.split("\n")
         self._tokens = self._scan(text)
         self._at = 0
+        self._depth = 0
 
     def _scan(self, text: str) -> list[Token]:
         tokens, at, line, start = [], 0, 1, 0
@@ -105,11 +112,31 @@ class Cursor:
     def take_word(self, what: str = "a word") -> str:
         return self.take("word", what).text
 
+    def take_name(self, what: str) -> str:
+        """A name: a word, or in quotes what is none."""
+        return self.take_string(what) if self.next.kind == "string" else self.take_word(what)
+
     def take_int(self, what: str = "a whole number") -> int:
         token = self.take("number", what)
         if not token.text.isdigit():
             self.fail(f"expected {what}, found {token.text}", token)
-        return int(token.text)
+        return self.whole(token, token.text)
+
+    def whole(self, token: Token, digits: str) -> int:
+        if len(digits) > MAX_DIGITS:
+            self.fail(f"a whole number has at most {MAX_DIGITS} digits, not {len(digits)}", token)
+        return int(digits)
+
+    @contextmanager
+    def nested(self) -> Iterator[None]:
+        """One level deeper; refuses a text that nests without end."""
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            self.fail(f"nested more than {MAX_DEPTH} levels deep")
+        try:
+            yield
+        finally:
+            self._depth -= 1
 
     def take_string(self, what: str = "a string") -> str:
         token = self.take("string", what)

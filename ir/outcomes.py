@@ -67,5 +67,5 @@ def run_case(program: Program, case: Case) -> Outcome:
 
 def _run(program: Program, case: Case) -> tuple[Outcome, torch.Tensor]:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
+        torch.default_generator.manual_seed(SEED)  # no other device's
         return evaluate(program, program.forward, case.clone()), torch.get_rng_state()

@@ -1,20 +1,22 @@
-"""The parser of the text form: text and a table of tensors in, a verified Program out.
+"""The parser of the text form: text and a table of tensors in, a Program out.
 
 Nothing is evaluated: ops are looked up by name among what torch has registered, sizes go through a small expression
-parser. Every node's type is recomputed as it is read and compared with the declared one, so damage is reported at its
-line and column.
+parser. Every op is held to what may stand in a program before its type is recomputed with fake tensors and compared
+with the declared one, so damage is reported at its line and column. What has no place in the text, such as a size
+decided by its example, is the verifier's to find: `laconic.ir.store.read_program` calls it.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from laconic.ir.lexer import Cursor
+from laconic.ir.lexer import MAX_DEPTH, Cursor
 from laconic.ir.parse_entry import EntryParser
-from laconic.ir.parse_types import TypeParser
+from laconic.ir.parse_types import MAX_SIZE, TypeParser
 from laconic.ir.program import Alias, Kind, Program, Site, Weight
 from laconic.ir.text import VERSION
 from laconic.ir.types import (
@@ -24,6 +26,9 @@ from laconic.ir.types import (
     type_text,
 )
 
+#: How many calls the site lines of a text may speak of.
+MAX_SITES = 1_000_000
+
 #: Gives the tensor of a row, by name and declared type.
 Lookup = Callable[[str, TensorType], torch.Tensor]
 
@@ -31,7 +36,8 @@ Lookup = Callable[[str, TensorType], torch.Tensor]
 def parse_program(text: str, lookup: Lookup, source: str = "<text>") -> Program:
     """The program that `text` says, with the tensors that `lookup` gives.
 
-    Raises ParseError with line and column. `source` names the text in errors.
+    Raises ParseError with line and column, and whatever `lookup` raises but KeyError. `source` names the text in
+    errors.
     """
     return _Parser(text, lookup, source).program()
 
@@ -67,27 +73,33 @@ class _Parser:
                 at.fail(f"expected one of {', '.join(readers)}, found {token.text!r}")
             reader()
             at.end_line()
-        if not self.result.entries:
-            at.fail("the text holds no entry")
+        if "forward" not in self.result.entries:
+            at.fail("the text holds no entry 'forward'")
         return self.result
 
     # Declarations
 
     def fact(self) -> None:
         self.at.advance()
-        key = self.at.take_word("the name of a fact")
+        token = self.at.next
+        key = self.at.take_name("the name of a fact")
+        if key in self.result.facts:
+            self.at.fail(f"fact {key!r} is given twice", token)
         self.at.expect("=")
         raw, first = self.at.rest_of_line()
         try:
-            self.result.facts[key] = json.loads(raw)
-        except ValueError as problem:
+            value = json.loads(raw)
+        except (ValueError, RecursionError) as problem:
             self.at.fail(f"not a JSON value: {problem}", first)
+        if _depth(value) > MAX_DEPTH:
+            self.at.fail(f"nested more than {MAX_DEPTH} levels deep", first)
+        self.result.facts[key] = value
 
     def size(self) -> None:
         at = self.at
         at.advance()
         token = at.next
-        name = at.take_word("the name of a size")
+        name = at.take_name("the name of a size")
         at.expect("in")
         at.expect("[")
         low = at.take_int()
@@ -100,6 +112,8 @@ class _Parser:
             at.fail(f"size {name!r} is declared twice", token)
         if not (low <= hint and (high is None or hint <= high)):
             at.fail(f"size {name!r} has an example outside its range", token)
+        if max(low, hint, high or 0) >= MAX_SIZE:
+            at.fail("sizes are less than 2**62", token)
         self.types.sizes[name] = self.result.add_symbol(name, low, high, hint)
 
     def weight(self) -> None:
@@ -109,10 +123,12 @@ class _Parser:
         name = at.take_row()
         at.expect(":")
         declared = self.types.type()
-        if not isinstance(declared, TensorType) or not all(isinstance(s, int) for s in declared.shape):
+        if not isinstance(declared, TensorType) or not all(
+            isinstance(s, int) for s in (*declared.shape, *declared.stride)
+        ):
             at.fail(f"{name!r} must be a tensor of fixed sizes", token)
         trainable, transient = at.accept("trainable"), at.accept("transient")
-        if name in self.result.weights:
+        if name in self.result.weights or name in self.result.aliases:
             at.fail(f"{name!r} is declared twice", token)
         try:
             value = self.lookup(name, declared)
@@ -131,6 +147,8 @@ class _Parser:
         at.advance()
         token = at.next
         name = at.take_row()
+        if name in self.result.weights or name in self.result.aliases:
+            at.fail(f"{name!r} is declared twice", token)
         at.expect("=")
         rows = None
         if at.accept("none"):
@@ -144,6 +162,9 @@ class _Parser:
                 at.expect("]")
             if target not in self.result.weights:
                 at.fail(f"the alias {name!r} points at {target!r}, which is not declared", token)
+            shape = self.result.weights[target].value.shape
+            if rows and not (shape and rows[0] <= rows[1] <= shape[0]):
+                at.fail(f"{target!r} has no rows {rows[0]} to {rows[1]}", token)
         self.result.aliases[name] = Alias(target, rows)
 
     def site(self) -> None:
@@ -152,8 +173,8 @@ class _Parser:
         first = at.take_int()
         at.expect("..")
         last = at.take_int()
-        if last < first or last - first > 10_000_000:
-            at.fail(f"{first}..{last} is no range of sites")
+        if last < first or last - first + len(self.result.sites) >= MAX_SITES:
+            at.fail(f"{first}..{last} is no range of sites, or there are more than {MAX_SITES}")
         at.expect("=")
         place = Site(at.take_string("a module path"), at.take_string("a source line"))
         for number in range(first, last + 1):
@@ -165,9 +186,19 @@ class _Parser:
         at = self.at
         at.advance()
         token = at.next
-        name = at.take_word("the name of an entry")
+        name = at.take_name("the name of an entry")
         if name in self.result.entries:
             at.fail(f"entry {name!r} is declared twice", token)
         at.expect("{")
         at.end_line()
         self.result.entries[name] = EntryParser(at, self.types, self.result, name).entry()
+
+
+def _depth(value: Any) -> int:
+    """How deep a JSON value nests."""
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        nests = [v for v in level if isinstance(v, (dict, list))]
+        level = [child for nest in nests for child in (nest.values() if isinstance(nest, dict) else nest)]
+    return depth

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,14 +10,15 @@ from torch import fx
 
 from laconic.ir.errors import LaconicError
 from laconic.ir.lexer import Cursor, Token
-from laconic.ir.parse_types import TypeParser
+from laconic.ir.parse_types import MAX_SIZE, TypeParser, illegal
 from laconic.ir.program import Entry, Input, Kind, Output, Program, Role
 from laconic.ir.propagate import recompute
 from laconic.ir.rewrite import fake_weight, placeholder_name
 from laconic.ir.text import LAYOUTS, MEMORY_FORMATS
+from laconic.ir.torch_private import is_symbolic
 from laconic.ir.traits import find_op
 from laconic.ir.tree import CONSTANTS, Leaf, Tree, leaves
-from laconic.ir.types import DTYPES, TensorType, same_type, type_of, type_text
+from laconic.ir.types import DTYPES, NumberType, TensorType, ValueType, same_type, type_of, type_text
 
 _WORDS: dict[str, Any] = {
     "None": None,
@@ -56,7 +58,10 @@ class EntryParser:
             nodes.append(node)
             at.end_line()
         while at.accept("argument"):
-            name = at.take_word("an argument's name")
+            token = at.next
+            name = at.take_name("an argument's name")
+            if name in arguments:
+                at.fail(f"argument {name!r} is declared twice", token)
             at.expect("=")
             arguments[name] = self.tree(nodes)
             at.end_line()
@@ -66,24 +71,60 @@ class EntryParser:
         outputs: list[Output] = []
         values: list[Any] = []
         while at.accept("update"):
-            if at.next.kind == "row":
-                outputs.append(Output(Role.UPDATE, at.take_row()))
-            else:
-                outputs.append(Output(Role.INPUT_UPDATE, at.take_string("a state (@name) or an input's name")))
-            at.expect("=")
-            values.append(self.value())
+            output, value = self.update({i.name: n for i, n in zip(inputs, nodes, strict=True)}, outputs)
+            outputs.append(output)
+            values.append(value)
             at.end_line()
-        at.expect("return")
+        token = at.expect("return")
         given: list[Any] = []
         results = self.tree(given, collect=True)
         at.end_line()
         at.expect("}")
         outputs += [Output(Role.RESULT, path or "output") for path, leaf in leaves(results) if isinstance(leaf, Leaf)]
+        results_named = {o.name for o in outputs if o.role is Role.RESULT}
+        for output in outputs:
+            if not results_named.issuperset(output.seen):
+                at.fail(f"{output} is seen in {', '.join(output.seen)}, and not all of these are results", token)
         self.graph.output(tuple(values + given))
         for node in self.rows.values():
             if not node.users:
                 self.graph.erase_node(node)
         return Entry(self.name, self.graph, inputs, outputs, arguments, results)
+
+    def update(self, inputs: dict[str, fx.Node], before: list[Output]) -> tuple[Output, fx.Node]:
+        """What a state or an input becomes: a value of its dtype and sizes."""
+        at = self.at
+        token = at.next
+        if token.kind == "row":
+            output = Output(Role.UPDATE, at.take_row())
+            home = self.rows.get(output.name)
+            if home is None or home.meta["kind"] is not Kind.STATE:
+                at.fail(f"{output.name!r} is no state", token)
+        else:
+            output = Output(Role.INPUT_UPDATE, at.take_string("a state (@name) or an input's name"))
+            home = inputs.get(output.name)
+            if home is None:
+                at.fail(f"{output.name!r} is no input", token)
+        if any((o.role, o.name) == (output.role, output.name) for o in before):
+            at.fail(f"{output.name!r} is updated twice", token)
+        at.expect("=")
+        token = at.next
+        value = self.value()
+        found = type_of(value.meta["val"]) if isinstance(value, fx.Node) else None
+        declared = type_of(home.meta["val"])
+        if not isinstance(value, fx.Node) or not same_type(found, declared, strides=False):
+            names = self.program.names
+            at.fail(f"{output.name!r} is {type_text(declared, names)} and becomes {type_text(found, names)}", token)
+        return replace(output, seen=self.seen()), value
+
+    def seen(self) -> tuple[str, ...]:
+        """The results that are the written tensor itself, behind an update."""
+        if not self.at.accept("seen"):
+            return ()
+        names = [self.at.take_string("a result's path")]
+        while self.at.accept(","):
+            names.append(self.at.take_string("a result's path"))
+        return tuple(names)
 
     def input(self) -> tuple[Input, fx.Node]:
         at = self.at
@@ -91,21 +132,36 @@ class EntryParser:
         label, token = self.label()
         at.expect(":")
         kind = self.types.type()
+        if not isinstance(kind, TensorType):
+            at.fail("an input must be a tensor", token)
+        low, high = self.range(kind)
+        name = at.take_string() if at.accept("named") else label
+        if any(n.meta.get("kind") is Kind.INPUT and n.meta["name"] == name for n in self.graph.nodes):
+            at.fail(f"a second input is named {name!r}", token)
+        node = self.graph.create_node("placeholder", label, name=label)
+        try:
+            value = self.program.fake(kind)
+        except Exception as problem:  # noqa: BLE001 - torch's own checks of sizes: any type
+            at.fail(f"no tensor has this type: {_first_line(problem)}", token)
+        self.define(node, label, token)
+        node.meta.update(kind=Kind.INPUT, name=name, val=value)
+        return Input(name, low, high), node
+
+    def range(self, kind: TensorType) -> tuple[float, float]:
+        """The range that an input's values were seen in."""
+        at = self.at
         at.expect("in")
-        at.expect("[")
+        token = at.expect("[")
         low = self.value()
         at.expect(",")
         high = self.value()
         at.expect("]")
-        name = at.take_string() if at.accept("named") else label
-        node = self.graph.create_node("placeholder", label, name=label)
-        if isinstance(kind, TensorType):
-            value: Any = self.program.fake(kind)
-        else:
-            at.fail("an input must be a tensor", token)
-        self.define(node, label, token)
-        node.meta.update(kind=Kind.INPUT, name=name, val=value)
-        return Input(name, low, high), node
+        if not isinstance(low, (bool, int, float)) or not isinstance(high, (bool, int, float)) or not low <= high:
+            at.fail("a range is two numbers, the lower one first", token)
+        real = kind.dtype.is_floating_point or kind.dtype.is_complex
+        if not real and not (isinstance(low, int) and isinstance(high, int) and low >= -(2**63) and high < 2**64):
+            at.fail("the range of an input of whole numbers is two whole numbers of 64 bits", token)
+        return low, high
 
     def label(self) -> tuple[str, Token]:
         token = self.at.take("value", "a value (%name)")
@@ -134,19 +190,32 @@ class EntryParser:
                 hint="if it is a custom op, import the library that registers it first",
             )
         args, kwargs = self.arguments()
+        problem = illegal(target, args, kwargs)
+        if problem:
+            at.fail(f"{op_token.text!r} {problem}", op_token)
         node = self.graph.create_node("call_function", target, tuple(args), kwargs, name=label)
         self.define(node, label, token)
         if at.next.kind == "site":
-            node.meta["site"] = int(at.advance().text[1:])
+            site = at.advance()
+            node.meta["site"] = at.whole(site, site.text[1:])
         if at.accept("by"):
-            node.meta["by"] = at.take_word("the name of a pass")
+            node.meta["by"] = at.take_name("the name of a pass")
+        self.compute(node, declared, token, op_token)
+
+    def compute(self, node: fx.Node, declared: ValueType | None, token: Token, op_token: Token) -> None:
+        """The value of a call, whose type must be the declared one."""
+        at, label, names = self.at, node.name, self.program.names
         try:
             node.meta["val"] = recompute(self.program, node)
+            found = type_of(node.meta["val"])
         except LaconicError as problem:
             at.fail(f"{problem.what}: {problem.why}", op_token)
-        found = type_of(node.meta["val"])
-        if not same_type(found, declared):
-            names = self.program.names
+        except TypeError as problem:
+            at.fail(f"%{label} computes {problem}, which is no value of a program", op_token)
+        if isinstance(found, NumberType) and _example(node.meta["val"]) >= MAX_SIZE:
+            at.fail(f"%{label} is a whole number of 2**62 or more", token)
+        # Values that depend on sizes and are no sizes are written as `float(?)`: alike in text is alike.
+        if not same_type(found, declared) and type_text(found, names) != type_text(declared, names):
             at.fail(
                 f"%{label} is declared {type_text(declared, names)} but computes {type_text(found, names)}",
                 token,
@@ -189,13 +258,14 @@ class EntryParser:
         if token.kind == "string":
             return at.take_string()
         if at.accept("-"):
-            number = self.value()
+            with at.nested():
+                number = self.value()
             if isinstance(number, bool) or not isinstance(number, (int, float)):
                 at.fail("expected a number behind '-'", token)
             return -number
         if token.kind == "number":
             at.advance()
-            return int(token.text) if token.text.isdigit() else float(token.text)
+            return at.whole(token, token.text) if token.text.isdigit() else float(token.text)
         if at.accept("["):
             return self.sequence("]")[0]
         if at.accept("("):
@@ -210,7 +280,8 @@ class EntryParser:
         items: list[Any] = []
         comma = False
         while not self.at.peek(close):
-            items.append(self.value())
+            with self.at.nested():
+                items.append(self.value())
             comma = self.at.accept(",")
             if not comma:
                 break
@@ -226,12 +297,12 @@ class EntryParser:
             at.expect(")")
             try:
                 return torch.device(text)
-            except RuntimeError:
+            except (RuntimeError, ValueError):
                 at.fail(f"{text!r} is no device", token)
         if word == "complex" and at.accept("("):
             items, _ = self.sequence(")")
-            if len(items) != 2:
-                at.fail("a complex number has two parts", token)
+            if len(items) != 2 or not all(type(i) in (int, float) for i in items):
+                at.fail("a complex number has two parts, both numbers", token)
             return complex(*items)
         if word not in _WORDS:
             at.fail(f"{word!r} is no value", token)
@@ -243,9 +314,13 @@ class EntryParser:
         if at.accept("{"):
             result: dict[str, Tree] = {}
             while not at.peek("}"):
+                token = at.next
                 key = at.take_string("a key")
+                if key in result:
+                    at.fail(f"key {key!r} is given twice", token)
                 at.expect(":")
-                result[key] = self.tree(values, collect)
+                with at.nested():
+                    result[key] = self.tree(values, collect)
                 if not at.accept(","):
                     break
             at.expect("}")
@@ -254,7 +329,8 @@ class EntryParser:
             if at.accept(opening):
                 items: list[Tree] = []
                 while not at.peek(closing):
-                    items.append(self.tree(values, collect))
+                    with at.nested():
+                        items.append(self.tree(values, collect))
                     if not at.accept(","):
                         break
                 at.expect(closing)
@@ -271,3 +347,13 @@ class EntryParser:
         if not isinstance(value, CONSTANTS):
             at.fail("a tree holds values and plain constants", token)
         return value
+
+
+def _example(value: Any) -> float:
+    """How large a number is for the example's sizes; 0 for what only running the model can tell."""
+    number = value.node.hint if is_symbolic(value) else value
+    return abs(number) if isinstance(number, int) else 0
+
+
+def _first_line(problem: Exception) -> str:
+    return (str(problem).strip() or type(problem).__name__).splitlines()[0]

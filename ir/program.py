@@ -78,10 +78,15 @@ class Input:
 
 @dataclass(frozen=True)
 class Output:
-    """An operand of the output node: a result under its path, or the new value of a state or user input."""
+    """An operand of the output node: a result under its path, or the new value of a state or user input.
+
+    `seen`, of an update, names the results that are the written tensor itself (as with `return self.buffer`), so that a
+    caller sees later writes in them; any other result is a tensor of its own.
+    """
 
     role: Role
     name: str
+    seen: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.role.replace('_', ' ')} {self.name}"
@@ -195,11 +200,23 @@ class Program:
             self,
             entries={name: entry.clone() for name, entry in self.entries.items()},
             weights=dict(self.weights),
+            symbols=dict(self.symbols),
             sites=dict(self.sites),
             aliases=dict(self.aliases),
             facts=dict(self.facts),
             examples=list(self.examples),
         )
+
+    def value_of(self, name: str) -> torch.Tensor | None:
+        """The tensor that a weight's name leads to: its row, the row or part of one that its alias names, or None if
+        nothing uses it any more. Raises KeyError for a name that the model never had."""
+        if name in self.weights:
+            return self.weights[name].value
+        alias = self.aliases[name]
+        if alias.target is None:
+            return None
+        value = self.weights[alias.target].value
+        return value[alias.rows[0] : alias.rows[1]] if alias.rows else value
 
     def site(self, node: fx.Node) -> Site | None:
         return self.sites.get(node.meta.get("site", -1))

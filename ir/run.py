@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import sympy
 import torch
@@ -81,8 +81,9 @@ def outcome(entry: Entry, outputs: tuple[Any, ...]) -> Outcome:
 class Runnable(nn.Module):
     """A Program as a model: called as the captured model was, with its arguments and results as plain trees.
 
-    Parameters and buffers are registered under their own names and share the Program's tensors; states are updated in
-    place. Calls run without gradients, as the model was captured: with them kernels choose another path and round
+    Parameters and buffers are registered under their own names (with _ behind a part that a module has a use for) and
+    share the Program's tensors: loading others into them changes the Program too. States are copies, updated in place.
+    Calls run without gradients, as the model was captured: with them kernels choose another path and round
     differently. Sizes are checked against the captured axes: UsageError names the argument and what is expected.
     """
 
@@ -94,7 +95,9 @@ class Runnable(nn.Module):
         self._types = [type_of(n.meta["val"]) for n in self._entry.input_nodes()]
         self._rows: dict[str, tuple[nn.Module, str]] = {}
         for name, weight in program.weights.items():
-            self._rows[name] = self._register(name, weight.value, weight.kind is Kind.PARAMETER, weight.trainable)
+            # States are this model's own: running it does not change the program, nor another model made of it.
+            value = weight.value.clone() if weight.kind is Kind.STATE else weight.value
+            self._rows[name] = self._register(name, value, weight.kind is Kind.PARAMETER, weight.trainable)
         self._alias_names()
         self._written = [k for k, o in enumerate(self._entry.outputs) if o.role is not Role.RESULT]
         self._shared = {k: root(self._entry.output_values[k]).op == "placeholder" for k in self._written}
@@ -147,19 +150,18 @@ class Runnable(nn.Module):
         return fill(self._entry.results, results)
 
     def _write(self, outputs: list[Any], rows: dict[str, torch.Tensor], inputs: list[torch.Tensor]) -> None:
-        """Write updates back. A result that is the new value itself becomes the tensor written to, as in eager."""
-        node_of = self._entry.output_values
+        """Write updates back. A result in which the module shows the written tensor itself becomes that tensor."""
+        declared = self._entry.outputs
         position = {i.name: k for k, i in enumerate(self._entry.inputs)}
+        results = {o.name: k for k, o in enumerate(declared) if o.role is Role.RESULT}
         # A value that is another state, or a view of it, must not change while that one is written.
         values = {k: outputs[k].clone() if self._shared[k] else outputs[k] for k in self._written}
-        with torch.no_grad():
-            for k in self._written:
-                output = self._entry.outputs[k]
-                home = rows[output.name] if output.role is Role.UPDATE else inputs[position[output.name]]
-                home.copy_(values[k])
-                for other, node in enumerate(node_of):
-                    if node is node_of[k]:
-                        outputs[other] = home
+        for k, value in values.items():
+            output = declared[k]
+            home = rows[output.name] if output.role is Role.UPDATE else inputs[position[output.name]]
+            home.copy_(value)
+            for name in output.seen:
+                outputs[results[name]] = home
 
 
 def flatten_arguments(entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -193,32 +195,51 @@ def flatten_arguments(entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def check_inputs(program: Program, entry: Entry, inputs: list[Any], kinds: list[Any]) -> None:
-    """Compare inputs with the captured types, binding each dynamic axis once."""
+    """Compare inputs with the captured types; each dynamic size is bound once, derived ones are held to it."""
     bound: dict[sympy.Symbol, int] = {}
-    for declared, value, kind in zip(entry.inputs, inputs, kinds, strict=True):
+    derived: list[tuple[int, sympy.Expr, int]] = []
+    for k, (value, kind) in enumerate(zip(inputs, kinds, strict=True)):
         fits = isinstance(value, torch.Tensor) and value.dtype == kind.dtype and value.dim() == len(kind.shape)
-        if fits:
-            fits = all(_binds(program, bound, size, n) for size, n in zip(kind.shape, value.shape, strict=True))
+        for size, actual in zip(kind.shape, value.shape, strict=True) if fits else ():
+            if isinstance(size, sympy.Symbol):
+                fits = fits and _within(program, size, actual) and bound.setdefault(size, actual) == actual
+            elif isinstance(size, int):
+                fits = fits and size == actual
+            else:
+                derived.append((k, size, actual))
         if not fits:
-            sizes = ", ".join(f"{s.name} in [{s.low}, {s.high or 'inf'}]" for s in program.symbols.values())
-            found = (
-                type_text(TensorType(value.dtype, tuple(value.shape), tuple(value.stride())), {})
-                if isinstance(value, torch.Tensor)
-                else type(value).__name__
-            )
-            raise UsageError(
-                f"input {declared.name!r} must be {type_text(kind, program.names)}, is {found}",
-                why=f"captured with {sizes}" if sizes else "all its axes are fixed",
-                hint="" if sizes else "capture with dynamic_shapes to make an axis free",
-            )
+            _refuse_input(program, entry, k, value, kinds[k])
+    for k, size, actual in derived:
+        if not _derives(program, bound, size, actual):
+            _refuse_input(program, entry, k, inputs[k], kinds[k])
 
 
-def _binds(program: Program, bound: dict[sympy.Symbol, int], size: Any, actual: int) -> bool:
-    if isinstance(size, int):
-        return size == actual
-    if isinstance(size, sympy.Symbol):
-        symbol = program.symbols[size.name]
-        within = symbol.low <= actual and (symbol.high is None or actual <= symbol.high)
-        return within and bound.setdefault(size, actual) == actual
+def _within(program: Program, size: sympy.Symbol, actual: int) -> bool:
+    symbol = program.symbols[size.name]
+    return symbol.low <= actual and (symbol.high is None or actual <= symbol.high)
+
+
+def _derives(program: Program, bound: dict[sympy.Symbol, int], size: sympy.Expr, actual: int) -> bool:
+    """Whether an expression of sizes has this value; a size that occurs in no other way is bound by it."""
     value = size.xreplace({s: sympy.Integer(n) for s, n in bound.items()})
-    return not value.is_Integer or int(value) == actual
+    free = sorted(value.free_symbols, key=str)
+    if not free:
+        return int(value) == actual
+    if len(free) > 1:
+        return True
+    solutions = [s for s in sympy.solve(value - actual, free[0]) if s.is_Integer and _within(program, free[0], int(s))]
+    if solutions:
+        bound[free[0]] = int(solutions[0])
+    return bool(solutions)
+
+
+def _refuse_input(program: Program, entry: Entry, k: int, value: Any, kind: TensorType) -> NoReturn:
+    sizes = ", ".join(f"{s.name} in [{s.low}, {s.high or 'inf'}]" for s in program.symbols.values())
+    found = type(value).__name__
+    if isinstance(value, torch.Tensor):
+        found = type_text(TensorType(value.dtype, tuple(value.shape), tuple(value.stride())), {})
+    raise UsageError(
+        f"input {entry.inputs[k].name!r} must be {type_text(kind, program.names)}, is {found}",
+        why=f"captured with {sizes}" if sizes else "all its axes are fixed",
+        hint="" if sizes else "capture with dynamic_shapes to make an axis free",
+    )

@@ -17,7 +17,7 @@ from torch import fx
 from laconic.ir.program import Alias, Entry, Kind, Program, Role, Weight
 from laconic.ir.traits import op_name
 from laconic.ir.tree import Leaf, Tree
-from laconic.ir.types import DTYPE_NAMES, type_text, value_text
+from laconic.ir.types import DTYPE_NAMES, name_text, type_text, value_text
 
 VERSION = 1
 PLAIN_NAME = re.compile(r"[A-Za-z_0-9][\w.]*\Z", re.ASCII)
@@ -40,10 +40,10 @@ def print_program(program: Program) -> str:
     """The program as text. Equal programs print equally."""
     names = program.names
     lines = [f"laconic program {VERSION}", ""]
-    lines += [f"fact {key} = {json.dumps(value)}" for key, value in program.facts.items()]
+    lines += [f"fact {name_text(key)} = {json.dumps(value)}" for key, value in program.facts.items()]
     for symbol in program.symbols.values():
         high = "inf" if symbol.high is None else symbol.high
-        lines.append(f"size {symbol.name} in [{symbol.low}, {high}] like {symbol.hint}")
+        lines.append(f"size {name_text(symbol.name)} in [{symbol.low}, {high}] like {symbol.hint}")
     lines += [_weight(w, names) for w in program.weights.values()]
     lines += [f"alias {reference(name)} = {_alias(alias)}" for name, alias in program.aliases.items()]
     for entry in program.entries.values():
@@ -65,7 +65,7 @@ def print_node(node: fx.Node, names: dict[str, str] | None = None) -> str:
     if "site" in node.meta:
         line += f" !{node.meta['site']}"
     if "by" in node.meta:
-        line += f" by {node.meta['by']}"
+        line += f" by {name_text(node.meta['by'])}"
     return line
 
 
@@ -113,7 +113,7 @@ def _alias(alias: Alias) -> str:
 
 def _entry(program: Program, entry: Entry) -> list[str]:
     names = program.names
-    lines = [f"entry {entry.name} {{"]
+    lines = [f"entry {name_text(entry.name)} {{"]
     nodes = entry.input_nodes()
     for declared, node in zip(entry.inputs, nodes, strict=True):
         lines.append(
@@ -122,7 +122,7 @@ def _entry(program: Program, entry: Entry) -> list[str]:
             + (f" named {json.dumps(declared.name)}" if declared.name != node.name else "")
         )
     for name, tree in entry.arguments.items():
-        lines.append(f"  argument {name} = {_tree(tree, list(nodes))}")
+        lines.append(f"  argument {name_text(name)} = {_tree(tree, list(nodes))}")
     lines += [f"  {print_node(node, names)}" for node in entry.calls()]
     results = []
     for output, given in zip(entry.outputs, entry.output_values, strict=True):
@@ -130,7 +130,8 @@ def _entry(program: Program, entry: Entry) -> list[str]:
             results.append(given)
             continue
         target = reference(output.name) if output.role is Role.UPDATE else json.dumps(output.name)
-        lines.append(f"  update {target} = {value(given)}")
+        seen = " seen " + ", ".join(map(json.dumps, output.seen)) if output.seen else ""
+        lines.append(f"  update {target} = {value(given)}{seen}")
     lines.append(f"  return {_tree(entry.results, results)}")
     return [*lines, "}"]
 

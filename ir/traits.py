@@ -34,20 +34,24 @@ PYTHON_FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 PYTHON_NAMES = {function: name for name, function in PYTHON_FUNCTIONS.items()}
 
-#: Tagged as random by torch, yet deterministic while this argument has this value.
-_RANDOM_UNLESS: dict[str, tuple[str, Any]] = {
-    "aten::scaled_dot_product_attention": ("dropout_p", 0.0),
-    "aten::_scaled_dot_product_attention_math": ("dropout_p", 0.0),
-    "aten::_scaled_dot_product_flash_attention": ("dropout_p", 0.0),
-    "aten::_scaled_dot_product_flash_attention_for_cpu": ("dropout_p", 0.0),
-    "aten::_scaled_dot_product_efficient_attention": ("dropout_p", 0.0),
-    "aten::_scaled_dot_product_cudnn_attention": ("dropout_p", 0.0),
-    "aten::dropout": ("train", False),
-    "aten::native_dropout": ("train", False),
-    "aten::alpha_dropout": ("train", False),
-    "aten::feature_dropout": ("train", False),
-    "aten::rrelu": ("training", False),
-    "aten::rrelu_with_noise_functional": ("training", False),
+_DROPPING = ("dropout_p", 0.0)
+_RECURRENT = [f"aten::{cell}" for cell in ("lstm", "gru", "rnn_tanh", "rnn_relu")]
+
+#: Tagged as random by torch, yet deterministic while one of these arguments has this value.
+_RANDOM_UNLESS: dict[str, tuple[tuple[str, Any], ...]] = {
+    "aten::scaled_dot_product_attention": (_DROPPING,),
+    "aten::_scaled_dot_product_attention_math": (_DROPPING,),
+    "aten::_scaled_dot_product_flash_attention": (_DROPPING,),
+    "aten::_scaled_dot_product_flash_attention_for_cpu": (_DROPPING,),
+    "aten::_scaled_dot_product_efficient_attention": (_DROPPING,),
+    "aten::_scaled_dot_product_cudnn_attention": (_DROPPING,),
+    "aten::dropout": (("train", False),),
+    "aten::native_dropout": (("train", False),),
+    "aten::alpha_dropout": (("train", False),),
+    "aten::feature_dropout": (("train", False),),
+    "aten::rrelu": (("training", False),),
+    "aten::rrelu_with_noise_functional": (("training", False),),
+    **dict.fromkeys(_RECURRENT, (("train", False), ("dropout", 0.0))),
 }
 
 #: Results whose bytes are whatever lay in memory.
@@ -61,7 +65,7 @@ _UNSET = {
 }
 
 #: Facts about sizes that hold for later nodes; they return nothing and must stay.
-_ASSERTIONS = {
+ASSERTIONS = {
     "aten::_assert_scalar",
     "aten::_assert_async",
     "aten::_functional_assert_async",
@@ -92,6 +96,21 @@ _MAY_COPY = {
     "aten::type_as",
 }
 
+#: May return a view of this operand (or its one element, for a list), though their schemas do not say so.
+_UNDECLARED_VIEWS = {
+    "aten::atleast_1d": 0,
+    "aten::atleast_2d": 0,
+    "aten::atleast_3d": 0,
+    "aten::broadcast_tensors": 0,
+    "aten::conj_physical": 0,
+    "aten::dropout": 0,
+    "aten::alpha_dropout": 0,
+    "aten::feature_dropout": 0,
+    "aten::feature_alpha_dropout": 0,
+    "aten::einsum": 1,
+    "aten::unsafe_chunk": 0,
+}
+
 
 @dataclass(frozen=True)
 class Traits:
@@ -115,7 +134,7 @@ class Traits:
 @cache
 def _op_traits(op: torch._ops.OpOverload) -> Traits:
     schema = op._schema
-    alias = None
+    alias = _UNDECLARED_VIEWS.get(schema.name)
     for returned in schema.returns:
         info = returned.alias_info
         if info is None or info.is_write:
@@ -128,12 +147,12 @@ def _op_traits(op: torch._ops.OpOverload) -> Traits:
                 alias = position
                 break
     return Traits(
-        effectful=schema.is_mutable or not schema.returns or schema.name in _ASSERTIONS,
+        effectful=schema.is_mutable or not schema.returns or schema.name in ASSERTIONS,
         random=torch.Tag.nondeterministic_seeded in op.tags,
         unset=schema.name in _UNSET,
         type_only=schema.name in _TYPE_ONLY,
         alias=alias,
-        may_copy=schema.name in _MAY_COPY,
+        may_copy=schema.name in _MAY_COPY or schema.name in _UNDECLARED_VIEWS,
         pointwise=torch.Tag.pointwise in op.tags,
     )
 
@@ -144,10 +163,9 @@ def traits(node: fx.Node) -> Traits:
     if not isinstance(target, torch._ops.OpOverload):
         return Traits(alias=0) if target is operator.getitem else Traits()
     found = _op_traits(target)
-    if found.random and target._schema.name in _RANDOM_UNLESS:
-        name, value = _RANDOM_UNLESS[target._schema.name]
-        if argument(node, name) == value:
-            return replace(found, random=False)
+    quiet = _RANDOM_UNLESS.get(target._schema.name, ()) if found.random else ()
+    if any(argument(node, name) == value for name, value in quiet):
+        return replace(found, random=False)
     return found
 
 

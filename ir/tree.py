@@ -7,6 +7,7 @@ class are turned into these at capture, so that what is saved loads without the 
 
 from __future__ import annotations
 
+from collections import defaultdict, deque, namedtuple
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,10 +28,12 @@ class Leaf:
 
 
 def leaves(tree: Tree, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Each leaf with its dotted path, left to right."""
+    """Each leaf with its dotted path, left to right. No two paths are the same: in a key, a dot and a backslash stand
+    behind a backslash, and an empty key is a backslash."""
     if isinstance(tree, dict):
         for key, child in tree.items():
-            yield from leaves(child, f"{path}.{key}" if path else str(key))
+            own = str(key).replace("\\", r"\\").replace(".", r"\.") or "\\"
+            yield from leaves(child, f"{path}.{own}" if path else own)
     elif isinstance(tree, (list, tuple)):
         for i, child in enumerate(tree):
             yield from leaves(child, f"{path}.{i}" if path else str(i))
@@ -64,9 +67,10 @@ def match(tree: Tree, value: Any, into: list[Any], path: str = "") -> str:
         return ""
     where = f"argument {path!r}" if path else "the arguments"
     if isinstance(tree, dict):
-        if not isinstance(value, dict) or set(value) != set(tree):
+        given = {str(key): part for key, part in value.items()} if isinstance(value, dict) else {}
+        if not isinstance(value, dict) or set(given) != set(tree) or len(given) != len(value):
             return f"{where}: expected a dict with keys {sorted(tree)}"
-        pairs: list[tuple[Any, Any, Any]] = [(key, child, value[key]) for key, child in tree.items()]
+        pairs: list[tuple[Any, Any, Any]] = [(key, child, given[key]) for key, child in tree.items()]
     elif isinstance(tree, (list, tuple)):
         if not isinstance(value, (list, tuple)) or len(value) != len(tree):
             return f"{where}: expected a sequence of {len(tree)}"
@@ -84,8 +88,9 @@ def match(tree: Tree, value: Any, into: list[Any], path: str = "") -> str:
 def plain(spec: pytree.TreeSpec, flat: list[Any], path: str = "") -> Tree:
     """A pytree specification with its leaves, as a plain tree.
 
-    Registered classes become what they hold: a mapping (by its keys) or a tuple. Raises UnsupportedError for a class
-    whose parts have no names and no order that we know.
+    Registered classes become what they hold: a mapping (by its keys) or a tuple, as do named tuples. Keys become
+    strings. Raises UnsupportedError for a class whose parts have no names and no order that we know, and for keys that
+    are the same as strings.
     """
     if spec.is_leaf():
         return flat[0]
@@ -99,19 +104,35 @@ def plain(spec: pytree.TreeSpec, flat: list[Any], path: str = "") -> Tree:
     return children if spec.type is list else tuple(children)
 
 
+def class_of(spec: pytree.TreeSpec) -> type | None:
+    """The class of a node; torch keeps that of a named tuple elsewhere. None for a leaf."""
+    kind: type | None = spec.context if spec.type is namedtuple else spec.type
+    return kind
+
+
 def _keys(spec: pytree.TreeSpec) -> list[str] | None:
     """The keys of a mapping-like node, None for a sequence."""
-    if spec.type in (list, tuple) or (isinstance(spec.type, type) and issubclass(spec.type, tuple)):
+    kind = class_of(spec)
+    if kind is None or issubclass(kind, (list, tuple, deque)):
         return None
     context = spec.context
-    if isinstance(context, (list, tuple)) and len(context) == 2 and isinstance(context[0], (list, tuple)):
-        context = context[0]  # dataclass-like nodes: (names, names that were None)
+    if kind is defaultdict:
+        context = context[1]  # (default factory, keys)
+    elif not issubclass(kind, dict) and isinstance(context, (list, tuple)) and len(context) == 2:
+        context = context[0] if isinstance(context[0], (list, tuple)) else context  # dataclass: (names, those at None)
     names = list(context) if isinstance(context, (list, tuple)) else None
     if names is None or len(names) != len(spec.children()) or not all(isinstance(n, (str, int)) for n in names):
-        if spec.type is None or not spec.children():
+        if not spec.children():
             return None
         raise UnsupportedError(
-            f"the model takes or returns a {spec.type.__name__}, whose parts cannot be named",
+            f"the model takes or returns a {kind.__name__}, whose parts cannot be named",
             hint="wrap the model so that it takes and returns tensors in dicts, lists and tuples",
+        )
+    twice = [key for key in names if [str(n) for n in names].count(str(key)) > 1]
+    if twice:
+        raise UnsupportedError(
+            f"the model takes or returns a {kind.__name__} whose keys are the same as text",
+            why=", ".join(map(repr, twice)),
+            hint="wrap the model so that it uses strings as keys",
         )
     return [str(n) for n in names]

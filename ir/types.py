@@ -6,6 +6,8 @@ verifier recomputes and what the text form declares.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -13,9 +15,10 @@ from typing import Any, TypeAlias
 import sympy
 import torch
 
-from laconic.ir.torch_private import expression, is_symbolic
+from laconic.ir.torch_private import expression
 
 Size: TypeAlias = Any  # int | sympy.Expr
+_WORD = re.compile(r"[A-Za-z_][\w.]*\Z", re.ASCII)
 
 DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float64: "f64",
@@ -143,11 +146,25 @@ def same_type(a: ValueType | None, b: ValueType | None, *, strides: bool = True)
     return a is None and b is None
 
 
+def name_text(name: str) -> str:
+    """The name of a size, argument, entry or fact: bare if it is a plain word, else in quotes."""
+    return name if _WORD.match(name) else json.dumps(name)
+
+
 def size_text(size: Any, names: Mapping[str, str]) -> str:
     """A size as text, with symbols under their display names."""
     if isinstance(size, sympy.Expr):
-        return str(size.xreplace({s: sympy.Symbol(names.get(s.name, s.name)) for s in size.free_symbols}))
+        return str(size.xreplace({s: sympy.Symbol(name_text(names.get(s.name, s.name))) for s in size.free_symbols}))
     return str(size)
+
+
+def number_text(kind: NumberType, names: Mapping[str, str]) -> str:
+    """A number: a constant or a size as it is, any other value that depends on sizes as `float(?)`, `bool(?)`."""
+    if kind.kind == "int" or not isinstance(kind.value, sympy.Basic):
+        return f"{kind.kind}({size_text(kind.value, names)})"
+    if kind.value.free_symbols:
+        return f"{kind.kind}(?)"
+    return f"{kind.kind}({float(kind.value) if kind.kind == 'float' else bool(kind.value)})"
 
 
 def type_text(kind: ValueType | None, names: Mapping[str, str]) -> str:
@@ -155,12 +172,13 @@ def type_text(kind: ValueType | None, names: Mapping[str, str]) -> str:
     if kind is None:
         return "none"
     if isinstance(kind, TensorType):
-        text = f"{DTYPE_NAMES[kind.dtype]}[{', '.join(size_text(s, names) for s in kind.shape)}]"
+        dtype = DTYPE_NAMES.get(kind.dtype, str(kind.dtype).removeprefix("torch."))
+        text = f"{dtype}[{', '.join(size_text(s, names) for s in kind.shape)}]"
         if not kind.contiguous:
             text += "{" + ", ".join(size_text(s, names) for s in kind.stride) + "}"
         return text if kind.device == "cpu" else f"{text}@{kind.device}"
     if isinstance(kind, NumberType):
-        return f"{kind.kind}({size_text(kind.value, names)})"
+        return number_text(kind, names)
     return "(" + ", ".join(type_text(p, names) for p in kind.parts) + ")"
 
 
@@ -170,10 +188,6 @@ def value_text(value: Any, names: Mapping[str, str]) -> str:
 
 def nbytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, (bool, int, float)) or is_symbolic(value)
 
 
 def is_dense(tensor: torch.Tensor) -> bool:

@@ -9,6 +9,7 @@ and types from the changed nodes on. What changed is found by comparing the two;
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -194,6 +195,8 @@ def _table(program: Program) -> None:
             if name not in program.weights or program.weights[name].kind is not Kind.STATE:
                 raise VerificationError(f"entry {entry.name!r} updates {name!r}, which is no state")
     for name, alias in program.aliases.items():
+        if name in program.weights:
+            raise VerificationError(f"{name!r} is a row of the weight table and an alias")
         if alias.target is not None and alias.target not in program.weights:
             raise VerificationError(f"the alias {name!r} points at {alias.target!r}, which the weight table lacks")
 
@@ -204,9 +207,15 @@ def _interface(before: Program, after: Program) -> None:
         raise VerificationError(f"entries were {list(before.entries)} and are {list(after.entries)}")
     if before.symbols != after.symbols:
         raise VerificationError("the dynamic axes or their ranges changed")
+    if any(after.facts.get(key) != value for key, value in before.facts.items()):
+        raise VerificationError("a fact about the captured model changed")
+    if any(after.sites.get(number) != site for number, site in before.sites.items()):
+        raise VerificationError("a site was renumbered or dropped")
+    if [id(t) for case in before.examples for t in case] != [id(t) for case in after.examples for t in case]:
+        raise VerificationError("the example inputs changed")
     for name, old in before.entries.items():
         new = after.entries[name]
-        if old.inputs != new.inputs or old.arguments != new.arguments:
+        if old.inputs != new.inputs or repr(old.arguments) != repr(new.arguments):  # the order of keys counts
             raise VerificationError(f"the inputs of entry {name!r} changed")
         for a, b in zip(old.input_nodes(), new.input_nodes(), strict=False):
             if not same_type(type_of(a.meta["val"]), type_of(b.meta["val"])):
@@ -217,8 +226,8 @@ def _interface(before: Program, after: Program) -> None:
             raise VerificationError(f"the weight {name!r} is gone and no alias says where its values went")
         if weight.kind is Kind.STATE and now is None:
             raise VerificationError(f"the state {name!r} is gone")
-        if now is not None and (now.kind, now.trainable) != (weight.kind, weight.trainable):
-            raise VerificationError(f"the weight {name!r} changed its kind or whether it is trained")
+        if now is not None and replace(now, value=weight.value) != weight:
+            raise VerificationError(f"the weight {name!r} changed its kind or whether it is trained or persistent")
         alias = after.aliases.get(name)
         target = after.weights.get(alias.target) if now is None and alias is not None and alias.target else None
         if target is not None and _training(target) != _training(weight):
@@ -238,7 +247,7 @@ def _training(weight: Weight) -> tuple[bool, bool, bool]:
 
 def _outputs(before: Program, after: Program, name: str) -> None:
     old, new = before.entries[name], after.entries[name]
-    if old.outputs != new.outputs or old.results != new.results:
+    if old.outputs != new.outputs or repr(old.results) != repr(new.results):
         lost = [str(o) for o in old.outputs if o not in new.outputs]
         came = [str(o) for o in new.outputs if o not in old.outputs]
         changed = f"lost {', '.join(lost) or 'none'}; gained {', '.join(came) or 'none'}"

@@ -47,13 +47,13 @@ def check_weights(contract: Contract, before: Program, after: Program) -> None:
     """
     if contract is not Contract.EXACT:
         return
-    for name, weight in before.weights.items():
-        now, alias = after.weights.get(name), after.aliases.get(name)
-        value = now.value if now is not None else None
-        if now is None and alias is not None and alias.target is not None:
-            target = after.weights[alias.target].value
-            value = target[alias.rows[0] : alias.rows[1]] if alias.rows else target
-        if value is not None and value is not weight.value and not bit_equal(weight.value, value):
+    for name in [*before.weights, *before.aliases]:
+        old, new = before.value_of(name), after.value_of(name)
+        if new is None:
+            alias = before.aliases.get(name)
+            if old is not None and (alias.target if alias else name) in after.weights:
+                raise VerificationError(f"the contract 'exact' is broken: the weight {name!r} leads nowhere any more")
+        elif old is None or (new is not old and not bit_equal(old, new)):
             raise VerificationError(f"the contract 'exact' is broken: the weight {name!r} holds other bytes")
 
 

@@ -52,7 +52,7 @@ class Contents:
             tensor, before = self.known.get(name, (None, b""))
             now = checksum(weight.value)
             if tensor is weight.value and now != before:
-                raise VerificationError(f"it wrote into the weight {name!r} in place")
+                raise VerificationError(f"the weight {name!r} was written into in place")
             self.known[name] = (weight.value, now)
 
 

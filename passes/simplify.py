@@ -17,6 +17,7 @@ because nothing that a caller receives as a tensor of its own becomes a view of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -172,7 +173,9 @@ def _equals(node: fx.Node, constants: Constants) -> Iterator[tuple[str, fx.Node]
     if node.target in _LOGIC and len(node.args) == 2:
         second = node.args[1]
         for kept, other in ((first, second), (second, first)):
-            if isinstance(kept, fx.Node) and _identical(node, kept) and _all_are(constants, other, _LOGIC[node.target]):
+            if not isinstance(kept, fx.Node) or not _identical(node, kept) or kept.meta["val"].dtype != torch.bool:
+                continue  # True is 1 to a whole number
+            if _all_are(constants, other, _LOGIC[node.target]):
                 yield "identity", kept
 
 
@@ -235,12 +238,14 @@ def _is_neutral(node: fx.Node) -> bool:
     if "rounding_mode" in node.kwargs or node.kwargs.get("alpha", 1) != 1:
         return False
     number = node.args[1]
-    return isinstance(number, (int, float)) and number == table[node.target]
+    if not isinstance(number, (int, float)) or number != table[node.target]:
+        return False
+    return number != 0 or math.copysign(1, number) > 0  # x - (-0.0) makes 0.0 of -0.0
 
 
 def _all_are(constants: Constants, operand: Any, wanted: bool) -> bool:
     if not isinstance(operand, fx.Node) or not isinstance(operand.meta["val"], torch.Tensor):
-        return operand is wanted
+        return False
     if operand.meta["val"].dtype != torch.bool or not constants.known(operand):
         return False
     return bool((constants.value(operand) == wanted).all())

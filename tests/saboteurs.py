@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from laconic.ir.program import Alias, Output, Program, Role
+from laconic.ir.program import Alias, Output, Program, Role, Site
 from laconic.ir.propagate import propagate
 from laconic.ir.rewrite import add_constant, drop_weight, insert_call, weight_node
 from laconic.ir.torch_private import quiet
@@ -231,6 +231,35 @@ def writes_a_weight_through_numpy(program: Program) -> None:
 
 
 def writes_the_given_program(program: Program) -> None:
+    program.forward.arguments["extra"] = None  # a copy of a program shares this dict with it
+
+
+def swaps_the_arguments(program: Program) -> None:
+    program.forward.arguments = dict(reversed(program.forward.arguments.items()))
+
+
+def forgets_a_fact(program: Program) -> None:
+    program.facts.clear()
+
+
+def forgets_the_examples(program: Program) -> None:
+    program.examples.clear()
+
+
+def renumbers_a_site(program: Program) -> None:
+    program.sites[0] = Site("elsewhere", "")
+
+
+def makes_a_weight_transient(program: Program) -> None:
+    weight = program.weights["linear.weight"]
+    program.weights["linear.weight"] = replace(weight, persistent=not weight.persistent)
+
+
+def shadows_a_row(program: Program) -> None:
+    program.aliases["linear.bias"] = Alias("linear.weight")
+
+
+def narrows_a_size(program: Program) -> None:
     program.symbols[next(iter(program.symbols))] = replace(next(iter(program.symbols.values())), low=3)
 
 

@@ -51,6 +51,7 @@ def to_onnx(program: Program, opset: int) -> ir.Model:
             f"torch's exporter wrote {taken} inputs and {made} outputs, expected {len(inputs)} and {len(outputs)}"
         )
     _optimize(model)
+    _separate_outputs(model)
     _name_boundary(model, inputs, outputs)
     _name_axes(program, model)
     _type_boundary(program, model)
@@ -181,15 +182,30 @@ def _optimize(model: ir.Model) -> None:
     import onnxscript.optimizer
 
     def folds(node: ir.Node) -> bool | None:
-        tied = any(v is not None and v.is_initializer() and len(v.uses()) > 1 and _large(v) for v in node.inputs)
-        return False if tied else None
+        return False if any(v is not None and _shared_weight(v) for v in node.inputs) else None
 
     with torch_silenced():
         onnxscript.optimizer.optimize_ir(model, should_fold=folds)
 
 
-def _large(value: ir.Value) -> bool:
+def _shared_weight(value: ir.Value) -> bool:
+    """Whether this is a weight, not a mere constant, that stays beside what is folded from it."""
+    if not value.is_initializer() or len(value.uses()) + value.is_graph_output() < 2:
+        return False
     return value.const_value is None or value.const_value.size > 16
+
+
+def _separate_outputs(model: ir.Model) -> None:
+    """An Identity for each result that is an input, a weight or another result, so that each is a value of its own."""
+    seen: set[ir.Value] = set()
+    for position, value in enumerate(model.graph.outputs):
+        if value in seen or value.is_graph_input() or value.is_initializer():
+            node = ir.Node("", "Identity", [value], num_outputs=1, name=f"output_{position}_identity")
+            node.outputs[0].name = f"output_{position}"
+            node.outputs[0].type, node.outputs[0].shape = value.type, value.shape
+            model.graph.append(node)
+            model.graph.outputs[position] = node.outputs[0]
+        seen.add(value)
 
 
 def _name_boundary(model: ir.Model, inputs: list[str], outputs: list[str]) -> None:

@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from laconic import artefact, sources
@@ -18,10 +17,11 @@ from laconic.ir.capture import capture_module
 from laconic.ir.errors import UsageError
 from laconic.ir.inputs import Case, cases
 from laconic.ir.program import Program
-from laconic.ir.run import Runnable, flatten_arguments
+from laconic.ir.run import Runnable, check_inputs, flatten_arguments
+from laconic.ir.types import type_of
 from laconic.passes.base import Pass, Plan
 from laconic.passes.ledger import Ledger
-from laconic.passes.manager import Instrument, PassManager
+from laconic.passes.manager import Contents, Instrument, PassManager
 from laconic.passes.pipeline import parse_pipeline
 
 Inputs = tuple[Any, ...] | dict[str, Any]
@@ -34,6 +34,7 @@ class Result:
     program: Program
     report: Ledger
     plans: list[Plan] = field(default_factory=list)
+    contents: Contents = field(default_factory=Contents, repr=False)
 
     @cached_property
     def model(self) -> Runnable:
@@ -49,7 +50,11 @@ class Result:
         progress: Callable[[str], None] = lambda stage: None,
     ) -> Path:
         """Write a DIR that `laconic.load` reads: verified after writing, placed whole, never over another without
-        `force`. `formats` adds exports beside it: "onnx", "pt2"."""
+        `force`. `formats` adds exports beside it: "onnx", "pt2".
+
+        Raises VerificationError if a weight was written into since the passes ran: what was verified is no more.
+        """
+        self.contents.hold(self.program)
         return artefact.save(
             self.program, self.report, self.plans, path, formats=formats, force=force, progress=progress
         )
@@ -73,7 +78,7 @@ def capture(model: nn.Module | str | Path, *args: Any, dynamic_shapes: Any = Non
 
 def optimize(
     model: nn.Module | Program | str | Path,
-    pipeline: str | Sequence[Pass] = "exact",
+    pipeline: str | Sequence[Pass | str] = "exact",
     *,
     inputs: Inputs | Sequence[Inputs] | None = None,
     dynamic_shapes: Any = None,
@@ -87,9 +92,12 @@ def optimize(
     needs at least one, and contracts are checked on all of them beside drawn ones. `verify_each` and `check` switch the
     verifier and the contract checks off; the result then counts as unverified.
 
-    Raises VerificationError naming the pass that broke a rule or its contract, UsageError for an unknown pass.
+    `pipeline` is a text such as "dedup,cse", or a sequence of passes and such texts.
+
+    Raises VerificationError naming the pass that broke a rule or its contract, UsageError for an unknown pass and for
+    inputs that do not fit the captured model.
     """
-    passes = parse_pipeline(pipeline) if isinstance(pipeline, str) else list(pipeline)
+    passes = _passes(pipeline)
     given = _several(inputs)
     if isinstance(model, nn.Module):
         if not given:
@@ -100,7 +108,7 @@ def optimize(
         program = model if isinstance(model, Program) else sources.program_of(str(model))
     chosen = cases(program, program.forward) + [_case(program, g) for g in given]
     run = PassManager(passes, verify_each, check, instruments).run(program, chosen)
-    return Result(run.program, run.ledger, run.plans)
+    return Result(run.program, run.ledger, run.plans, run.contents)
 
 
 def load(path: str | Path, *, allow_unverified: bool = False) -> Runnable:
@@ -122,16 +130,34 @@ def export_pt2(program: Program, path: str | Path, *, force: bool = False) -> No
     write_pt2(program, Path(path), force=force)
 
 
+def _passes(pipeline: str | Sequence[Pass | str]) -> list[Pass]:
+    if isinstance(pipeline, str):
+        return parse_pipeline(pipeline)
+    if not isinstance(pipeline, Sequence):
+        raise UsageError(f"a pipeline is a text or a list of passes, not a {type(pipeline).__name__}")
+    found: list[Pass] = []
+    for item in pipeline:
+        if not isinstance(item, (str, Pass)):
+            raise UsageError(f"{item!r} is no pass", hint="give instances such as Dedup(), or names such as 'dedup'")
+        found += parse_pipeline(item) if isinstance(item, str) else [item]
+    return found
+
+
 def _several(inputs: Inputs | Sequence[Inputs] | None) -> list[Inputs]:
     if inputs is None:
         return []
-    return list(inputs) if isinstance(inputs, list) else [inputs]  # type: ignore[list-item]
+    given: list[Any] = list(inputs) if isinstance(inputs, list) else [inputs]
+    for one in given:
+        if not isinstance(one, (tuple, dict)):
+            raise UsageError(
+                f"example inputs are a tuple or a dict, not a {type(one).__name__}",
+                hint="inputs=(x,) by position, inputs={'name': x} by name, or a list of these",
+            )
+    return given
 
 
 def _case(program: Program, given: Inputs) -> Case:
     args, kwargs = (given, {}) if isinstance(given, tuple) else ((), given)
     flat = flatten_arguments(program.forward, args, kwargs)
-    for value, declared in zip(flat, program.forward.inputs, strict=True):
-        if not isinstance(value, torch.Tensor):
-            raise UsageError(f"input {declared.name!r} must be a tensor, is a {type(value).__name__}")
+    check_inputs(program, program.forward, flat, [type_of(n.meta["val"]) for n in program.forward.input_nodes()])
     return Case(flat, {}, given=True)

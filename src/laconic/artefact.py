@@ -20,13 +20,13 @@ from typing import Any
 import torch
 import yaml
 
+from laconic.formats import FORMATS
 from laconic.ir.errors import LaconicError, ModelError, UsageError, VerificationError, did_you_mean
 from laconic.ir.files import place_directory, refuse_existing, temporary_beside
 from laconic.ir.inputs import cases
 from laconic.ir.outcomes import SEED, Outcomes
 from laconic.ir.program import Program
 from laconic.ir.store import PROGRAM, WEIGHTS, read_program, write_program
-from laconic.ir.verify import verify
 from laconic.passes.base import Contract, Plan
 from laconic.passes.contracts import check
 from laconic.passes.ledger import Ledger
@@ -35,7 +35,9 @@ from laconic.version import __version__
 
 RECIPE = "recipe.yaml"
 LEDGER = "ledger.json"
-FORMATS = ("onnx", "pt2")
+
+#: The version of the DIR that this laconic writes and reads.
+FORMAT = 1
 
 Progress = Callable[[str], None]
 
@@ -48,15 +50,19 @@ def save(
     *,
     formats: Sequence[str] = (),
     force: bool = False,
+    seed: int = SEED,
     progress: Progress = lambda stage: None,
 ) -> Path:
     """Write a DIR and return its path; nothing is left of it if anything fails.
 
-    Raises UsageError if `path` exists and `force` is not given, or for an unknown format; VerificationError if what was
-    written does not read back to the same bits.
+    `seed` is what the inputs of the checks were drawn with, for the recipe.
+
+    Raises UsageError if `path` exists and `force` is not given, if it is no DIR that could be replaced, or for an
+    unknown format; VerificationError if what was written does not read back to the same bits.
     """
     final = Path(path)
     refuse_existing(final, force)
+    _refuse_foreign(final)
     for name in formats:
         if name not in FORMATS:
             raise UsageError(f"there is no format {name!r}", hint=did_you_mean(name, FORMATS))
@@ -70,9 +76,11 @@ def save(
         (temporary / LEDGER).write_text(json.dumps(ledger.to_json(), indent=1) + "\n", encoding="utf-8")
         progress("reading it back")
         _compare(program, read_program(temporary))
-        _export(program, temporary, formats, progress)
-        _write_recipe(program, ledger, temporary)
+        for name in dict.fromkeys(formats):
+            EXPORTS[name](program, temporary, progress)
+        _write_recipe(ledger, seed, temporary)
         progress("moving it into place")
+        _refuse_foreign(final)
         place_directory(temporary, final, force)
     return final
 
@@ -83,8 +91,6 @@ def load_program(path: str | Path, *, allow_unverified: bool = False) -> Program
     folder = Path(path)
     recipe = read_recipe(folder)
     for name, expected in recipe["hashes"].items():
-        if name not in (PROGRAM, WEIGHTS):
-            raise ModelError(f"{RECIPE} names a file that no DIR holds: {name!r}", where=str(folder / RECIPE))
         if not (folder / name).is_file():
             raise ModelError(f"{name} is missing", where=str(folder), hint="the DIR is incomplete: write it again")
         if _hash(folder / name) != expected:
@@ -104,23 +110,48 @@ def load_program(path: str | Path, *, allow_unverified: bool = False) -> Program
 
 
 def read_recipe(folder: Path) -> dict[str, Any]:
-    """The recipe of a DIR. Raises ModelError if there is none or it is damaged."""
+    """The recipe of a DIR. Raises ModelError if there is none, it is damaged, or of a format that is not known."""
     try:
         recipe = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
-        if not isinstance(recipe["hashes"], dict) or not isinstance(recipe["verified"], bool):
-            raise TypeError("hashes or verified are not what they should be")
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as problem:
-        raise ModelError(f"{RECIPE} cannot be read", where=str(folder / RECIPE), why=str(problem)) from problem
-    return dict(recipe)
+        if not isinstance(recipe, dict) or type(recipe["format"]) is not int:
+            raise TypeError("it names no format")
+        if recipe["format"] == FORMAT:  # another one may say the rest otherwise
+            if not isinstance(recipe["hashes"], dict) or not isinstance(recipe["verified"], bool):
+                raise TypeError("hashes or verified are not what they should be")
+            if set(recipe["hashes"]) != {PROGRAM, WEIGHTS}:
+                raise TypeError(f"hashes are of {sorted(map(str, recipe['hashes']))}, not of {PROGRAM} and {WEIGHTS}")
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError) as problem:
+        why = f"it lacks {problem}" if isinstance(problem, KeyError) else str(problem)
+        raise ModelError(f"{RECIPE} cannot be read", where=str(folder / RECIPE), why=why) from problem
+    if recipe["format"] != FORMAT:
+        raise ModelError(
+            f"{folder} has format {recipe['format']}; this laconic reads format {FORMAT}",
+            where=str(folder / RECIPE),
+            hint="load it with the laconic that wrote it, or write the DIR again",
+        )
+    return recipe
 
 
-def _write_recipe(program: Program, ledger: Ledger, folder: Path) -> None:
+def _refuse_foreign(path: Path) -> None:
+    """Raise UsageError for what `force` must not replace: anything but an empty folder or a DIR."""
+    if path.is_dir():
+        if any(path.iterdir()) and not (path / RECIPE).is_file():
+            raise UsageError(
+                f"{path} is not replaced: it is neither empty nor a DIR that laconic wrote",
+                why=f"it holds no {RECIPE}",
+                hint="choose another name, or remove the folder yourself",
+            )
+    elif path.exists():
+        raise UsageError(f"{path} is a file, and a folder is to be written", hint="choose another name")
+
+
+def _write_recipe(ledger: Ledger, seed: int, folder: Path) -> None:
     recipe = {
-        "format": 1,
+        "format": FORMAT,
         "model": ledger.model,
         "pipeline": ledger.pipeline,
         "passes": [row.spec for row in ledger.rows],
-        "seed": SEED,
+        "seed": seed,
         "calibration": None,
         "verified": ledger.verified,
         "versions": {"laconic": __version__, "torch": str(torch.__version__)},
@@ -131,7 +162,6 @@ def _write_recipe(program: Program, ledger: Ledger, folder: Path) -> None:
 
 def _compare(program: Program, reread: Program) -> None:
     """Hold what was read back to the bits of what was written."""
-    verify(reread)
     if str(reread) != str(program):
         raise VerificationError("the written program does not read back to the same text")
     try:
@@ -145,16 +175,21 @@ def _compare(program: Program, reread: Program) -> None:
         ) from problem
 
 
-def _export(program: Program, folder: Path, formats: Sequence[str], progress: Progress) -> None:
-    if "onnx" in formats:
-        from laconic.codegen.onnx import write_onnx
+def _export_onnx(program: Program, folder: Path, progress: Progress) -> None:
+    from laconic.codegen.onnx import write_onnx
 
-        write_onnx(program, folder / "model.onnx", progress=progress)
-    if "pt2" in formats:
-        from laconic.codegen.pt2 import write_pt2
+    write_onnx(program, folder / "model.onnx", progress=progress)
 
-        progress("writing model.pt2")
-        write_pt2(program, folder / "model.pt2")
+
+def _export_pt2(program: Program, folder: Path, progress: Progress) -> None:
+    from laconic.codegen.pt2 import write_pt2
+
+    progress("writing model.pt2")
+    write_pt2(program, folder / "model.pt2")
+
+
+#: What writes each of `FORMATS` beside the program.
+EXPORTS: dict[str, Callable[[Program, Path, Progress], None]] = {"onnx": _export_onnx, "pt2": _export_pt2}
 
 
 def _hash(path: Path) -> str:

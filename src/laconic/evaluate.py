@@ -14,9 +14,9 @@ from laconic.ir.inputs import Case, cases
 from laconic.ir.metrics import cosine, max_abs
 from laconic.ir.outcomes import run_case
 from laconic.ir.program import Program
-from laconic.ir.run import Runnable
+from laconic.ir.run import Runnable, check_inputs
 from laconic.ir.tree import fill
-from laconic.ir.types import same_type, type_of
+from laconic.ir.types import TensorType, type_of, type_text
 
 
 def evaluate_programs(
@@ -39,7 +39,7 @@ def evaluate_programs(
     if "latency" in metrics:
         columns += ["latency ms"] + (["latency ms against", "ratio"] if against else [])
     rows = []
-    for case in cases(program, program.forward, seed=seed):
+    for case in _shared_cases(program, against, seed):
         progress(f"measuring on {case}")
         row: dict[str, Any] = {"input": str(case)}
         if against is not None:
@@ -51,18 +51,55 @@ def evaluate_programs(
 
 
 def _same_interface(program: Program, against: Program) -> None:
-    for ours, theirs in zip(program.forward.input_nodes(), against.forward.input_nodes(), strict=False):
-        a, b = type_of(ours.meta["val"]), type_of(theirs.meta["val"])
-        if ours.meta["name"] != theirs.meta["name"] or not _like(a, b):
-            raise UsageError(f"the models take different inputs: {ours.meta['name']!r} and {theirs.meta['name']!r}")
     if len(program.forward.inputs) != len(against.forward.inputs):
         raise UsageError("the models take different numbers of inputs")
+    for ours, theirs in zip(program.forward.input_nodes(), against.forward.input_nodes(), strict=True):
+        name = ours.meta["name"]
+        if name != theirs.meta["name"]:
+            raise UsageError(f"the models take different inputs: {name!r} and {theirs.meta['name']!r}")
+        a, b = type_of(ours.meta["val"]), type_of(theirs.meta["val"])
+        assert isinstance(a, TensorType)
+        assert isinstance(b, TensorType)
+        gap = _gap(a, b)
+        if gap:
+            raise UsageError(
+                f"the models take different inputs {name!r}: {gap}",
+                why=f"{type_text(a, program.names)} against {type_text(b, against.names)}",
+                hint="capture both with the same axes dynamic",
+            )
     if [o.name for o in program.forward.outputs] != [o.name for o in against.forward.outputs]:
         raise UsageError("the models return different results")
 
 
-def _like(a: Any, b: Any) -> bool:
-    return bool(a.dtype == b.dtype and len(a.shape) == len(b.shape)) or same_type(a, b)
+def _gap(a: TensorType, b: TensorType) -> str:
+    """Why inputs of type `a` are none of type `b`, in words."""
+    if a.dtype != b.dtype:
+        return "their dtypes differ"
+    if len(a.shape) != len(b.shape):
+        return f"one has {len(a.shape)} axes, the other {len(b.shape)}"
+    for axis, (ours, theirs) in enumerate(zip(a.shape, b.shape, strict=True)):
+        if isinstance(theirs, int) and ours != theirs:
+            size = ours if isinstance(ours, int) else "dynamic"
+            return f"axis {axis} is {size} in the one, fixed at {theirs} in the other"
+    return ""
+
+
+def _shared_cases(program: Program, against: Program | None, seed: int) -> list[Case]:
+    """The cases whose sizes both programs take; all that are given must be."""
+    found = cases(program, program.forward, seed=seed)
+    if against is None:
+        return found
+    kinds = [type_of(n.meta["val"]) for n in against.forward.input_nodes()]
+    shared: list[Case] = []
+    for case in found:
+        try:
+            check_inputs(against, against.forward, list(case.inputs), kinds)
+        except UsageError:
+            if case.given or (case is found[-1] and not shared):
+                raise
+            continue
+        shared.append(case)
+    return shared
 
 
 def _differences(program: Program, against: Program, case: Case, metrics: Sequence[str]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from torch import nn
 
 from laconic.artefact import RECIPE, load_program
 from laconic.ir.capture import capture_module
-from laconic.ir.errors import LaconicError, UnsupportedError, UsageError
+from laconic.ir.errors import FixedAxisError, LaconicError, UnsupportedError, UsageError
 from laconic.ir.hf import load_folder
 from laconic.ir.program import Program
 from laconic.ir.source_model import Source
@@ -57,8 +57,8 @@ def capture_source(source: Source, progress: Callable[[str], None] = lambda stag
 
     try:
         return attempt(source.dynamic_shapes)
-    except UnsupportedError as problem:
-        if source.dynamic_shapes is None or not _fixes_an_axis(problem):
+    except FixedAxisError:
+        if source.dynamic_shapes is None:
             raise
     progress("tracing again, since the model fixes an axis")
     free = attempt(source.with_auto_dims().dynamic_shapes)
@@ -69,10 +69,6 @@ def capture_source(source: Source, progress: Callable[[str], None] = lambda stag
         return free
     program.facts["specialized"] = fixed
     return program
-
-
-def _fixes_an_axis(problem: UnsupportedError) -> bool:
-    return "ConstraintViolation" in problem.why or "Constraints violated" in problem.why
 
 
 def free_axes(program: Program, dynamic_shapes: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -105,7 +101,13 @@ def _from_callable(model: str) -> Source:
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as problem:
+        if not problem.name or not f"{name}.".startswith(f"{problem.name}."):
+            raise _import_error(name, problem) from problem
         raise UsageError(f"there is no module {problem.name!r}", hint=f"MODEL is one of: {FORMS}") from problem
+    except LaconicError:
+        raise
+    except Exception as problem:
+        raise _import_error(name, problem) from problem
     function: Any = module
     for part in attribute.split("."):
         if not hasattr(function, part):
@@ -131,3 +133,13 @@ def _from_callable(model: str) -> Source:
         )
     args, kwargs = (made[1], {}) if isinstance(made[1], tuple) else ((), made[1])
     return Source(made[0], args, kwargs, made[2] if len(made) == 3 else None, name=model)
+
+
+def _import_error(name: str, problem: Exception) -> UsageError:
+    """What stops the user's module from being imported, at its own line."""
+    if isinstance(problem, SyntaxError) and problem.filename:
+        where, said = f"{problem.filename}:{problem.lineno}: {(problem.text or '').strip()}", problem.msg
+    else:
+        frames = [f for f in traceback.extract_tb(problem.__traceback__) if not f.filename.startswith("<frozen")]
+        where, said = f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}", str(problem)
+    return UsageError(f"{name} cannot be imported: {type(problem).__name__}: {said}", where=where)

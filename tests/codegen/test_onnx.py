@@ -15,6 +15,7 @@ from torch.export import Dim
 
 pytest.importorskip("onnxruntime")
 
+import laconic
 from laconic.codegen.onnx import runtime, write, write_onnx
 from laconic.codegen.onnx.runtime import Session
 from laconic.ir.capture import capture_module
@@ -203,6 +204,37 @@ def test_results_that_are_inputs_weights_or_one_another(tmp_path: Path) -> None:
         ("again", F32, axes),
         ("w", F32, [4]),
     ]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda self, x: (self.w, self.w * 1),
+        lambda self, x: (self.w, self.w),
+        lambda self, x: (self.w.view(2, 2).view(4), self.w),
+        lambda self, x: (x, x * 1),
+    ],
+)
+@pytest.mark.parametrize("exact", [False, True])
+def test_every_result_has_a_node_of_its_own(tmp_path: Path, body: Any, exact: bool) -> None:
+    program = function(body, torch.randn(4), dynamic=False)
+    path = write_onnx(laconic.optimize(program, "exact").program if exact else program, tmp_path / "m.onnx").path
+    graph = onnx.load(path).graph
+    assert [o.name for o in graph.output] == ["0", "1"]
+    assert {"0", "1"} <= {name for node in graph.node for name in node.output}
+
+
+def test_a_weight_that_is_a_result_is_not_folded_into_a_second_copy(tmp_path: Path) -> None:
+    class Doubled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(64))
+
+        def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.w, self.w * 2
+
+    graph = onnx.load(write_onnx(capture_module(Doubled(), (), {}), tmp_path / "m.onnx").path).graph
+    assert [list(i.dims) for i in graph.initializer].count([64]) == 1
 
 
 def test_numbers_about_sizes_are_scalars(tmp_path: Path) -> None:

@@ -66,13 +66,33 @@ def failing():
 
 def wrong():
     return 3
+
+
+def fixed():
+    return Small(), {"x": torch.randn(3, 8)}
+
+
+class Reshapes(nn.Module):
+    def forward(self, x):
+        return x.reshape(3, -1, 8) * 2
+
+
+def reshapes():
+    return Reshapes(), {"x": torch.randn(3, 4, 8)}, {"x": {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")}}
 """
+BROKEN_CODE = {
+    "unclosed.py": "import torch\n\ndef made(:\n",
+    "unfound.py": "import torch\nfrom torch import nothing_of_this_name\n",
+    "needs.py": "import torch\nimport a_module_that_is_not_there\n",
+}
 
 
 @pytest.fixture(autouse=True)
 def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of the user's with a module of their own, which is the current one."""
     (tmp_path / "mine.py").write_text(USER_CODE)
+    for name, code in BROKEN_CODE.items():
+        (tmp_path / name).write_text(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("NO_COLOR", "1")
@@ -117,6 +137,13 @@ def test_optimize_writes_a_dir_and_the_ledger(user_folder: Path, capfd: pytest.C
     assert run(["eval", "out", "--against", "mine:small", "--json", "--repeats", "2"]) == 0
     rows = json.loads(capfd.readouterr().out)["rows"]
     assert all(row["max-abs"] == 0.0 and row["latency ms"] > 0 for row in rows)
+
+
+def test_an_axis_that_the_model_fixes_is_no_failure(capfd: pytest.CaptureFixture[str], user_folder: Path) -> None:
+    assert run(["optimize", "mine:reshapes", "-o", "out"]) == 0
+    text = (user_folder / "out" / "program.txt").read_text()
+    assert 'fact specialized = ["x axis 0 = 3"]' in text
+    assert "size tokens in [1, inf] like 4" in text
 
 
 def test_dry_run_writes_nothing(user_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -169,6 +196,10 @@ def test_export_and_passes_and_doctor(user_folder: Path, capfd: pytest.CaptureFi
         (2, ["export", "mine:small", "-o", "x.bin"], "F.onnx"),
         (2, ["optimise", "mine:small"], "optimize"),
         (2, ["optimize", "mine:small", "--dri-run"], "dry-run"),
+        (2, ["optimize", "unclosed:made", "-o", "x"], "unclosed.py:3"),
+        (2, ["optimize", "unfound:made", "-o", "x"], "unfound.py:2"),
+        (2, ["optimize", "needs:made", "-o", "x"], "needs.py:2"),
+        (2, ["eval", "mine:small", "--against", "mine:fixed"], "axis 0 is dynamic in the one, fixed at 3"),
         (4, ["optimize", "mine:branching", "-o", "x"], "mine.py:19"),
         (1, ["optimize", "mine:broken", "-o", "x"], "a.weight: 1 of 64"),
     ],
@@ -226,5 +257,5 @@ def test_ctrl_c_leaves_terminal_and_disk_clean(user_folder: Path, moment: float)
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h"), "the cursor is shown again"
     assert child.returncode in (130, 0)
     assert "Traceback" not in text
-    left = {p.name for p in user_folder.iterdir()} - {"mine.py", "__pycache__"}
+    left = {p.name for p in user_folder.iterdir()} - {"mine.py", "__pycache__", *BROKEN_CODE}
     assert left == ({"out"} if child.returncode == 0 else set())

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +16,8 @@ import yaml
 from torch import nn
 
 import laconic
+from helpers import bits
+from laconic import artefact
 from laconic.ir.errors import ModelError, UsageError, VerificationError
 from laconic.ir.metrics import bit_equal
 
@@ -149,6 +154,100 @@ def test_an_unverified_dir_is_refused(tmp_path: Path) -> None:
     with pytest.raises(VerificationError, match="UNVERIFIED"):
         laconic.load(folder)
     laconic.load(folder, allow_unverified=True)(torch.ones(1, 4))
+
+
+#: A change to recipe.yaml, and what must be said of it.
+_RECIPES = [
+    (lambda r: r.update(hashes={}), "hashes are of"),
+    (lambda r: r["hashes"].pop("program.txt"), "hashes are of"),
+    (lambda r: r["hashes"].update({"model.onnx": "0"}), "hashes are of"),
+    (lambda r: r.update(format=99), "has format 99; this laconic reads format 1"),
+    (lambda r: r.update(format="1"), "names no format"),
+    (lambda r: r.pop("format"), "lacks 'format'"),
+    (lambda r: r.pop("verified"), "lacks 'verified'"),
+    (lambda r: r["hashes"].update({"program.txt": "0"}), "is not the file that was saved"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), _RECIPES, ids=[m for _, m in _RECIPES])
+def test_another_recipe_is_refused(
+    saved: Path, tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(saved, copy)
+    recipe = yaml.safe_load((copy / "recipe.yaml").read_text())
+    change(recipe)
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(ModelError, match=message):
+        laconic.load(copy)
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, "a: " + "{b: " * 3000, "- 1", "x", "", "d: 2024-99-99", "\0"], ids=str)
+def test_what_is_no_recipe_is_refused(saved: Path, tmp_path: Path, text: str) -> None:
+    shutil.copytree(saved, tmp_path / "copy")
+    (tmp_path / "copy" / "recipe.yaml").write_text(text)
+    with pytest.raises(ModelError, match=r"recipe\.yaml cannot be read"):
+        laconic.load(tmp_path / "copy")
+
+
+def test_the_seed_of_the_checks_stands_in_the_recipe(result: laconic.Result, tmp_path: Path) -> None:
+    artefact.save(result.program, result.report, result.plans, tmp_path / "out", seed=17)
+    assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["seed"] == 17
+
+
+def test_force_replaces_a_dir_or_an_empty_folder_and_nothing_else(result: laconic.Result, tmp_path: Path) -> None:
+    foreign = tmp_path / "model"
+    foreign.mkdir()
+    result.save(foreign, force=True)
+    result.save(foreign, force=True)
+    (foreign / "recipe.yaml").rename(foreign / "config.json")
+    before = sorted(os.listdir(foreign))
+    with pytest.raises(UsageError, match="neither empty nor a DIR"):
+        result.save(foreign, force=True)
+    assert sorted(os.listdir(foreign)) == before
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UsageError, match="is a file"):
+        result.save(tmp_path / "file", force=True)
+    assert (tmp_path / "file").read_text() == "mine"
+    assert sorted(os.listdir(tmp_path)) == ["file", "model"]
+
+
+class Scaled(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * x.shape[1] ** -0.5
+
+
+class Halved(nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, float]:
+        return x + 1, x.shape[1] / 2
+
+
+class Compared(nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        return x + 1, x.shape[0] > 2
+
+
+@pytest.mark.parametrize("module", [Scaled, Halved, Compared])
+def test_numbers_that_depend_on_sizes_survive(module: type[nn.Module], tmp_path: Path) -> None:
+    axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")}
+    result = laconic.optimize(module(), inputs={"x": torch.randn(3, 4)}, dynamic_shapes={"x": axes})
+    reloaded = laconic.load(result.save(tmp_path / "out"))
+    for shape in ((3, 4), (2, 7)):
+        x = torch.randn(shape)
+        assert bits(reloaded(x)) == bits(module()(x))
+
+
+class Named(nn.Module):
+    def forward(self, größe: torch.Tensor, *, maß: torch.Tensor) -> torch.Tensor:
+        return größe + maß
+
+
+def test_names_need_not_be_ascii(tmp_path: Path) -> None:
+    axes = {0: torch.export.Dim("größe")}
+    inputs = {"größe": torch.ones(3, 4), "maß": torch.ones(3, 4)}
+    result = laconic.optimize(Named(), inputs=inputs, dynamic_shapes={"größe": axes, "maß": axes})
+    reloaded = laconic.load(result.save(tmp_path / "out"))
+    assert bits(reloaded(größe=torch.ones(2, 4), maß=torch.ones(2, 4))) == bits(torch.full((2, 4), 2.0))
 
 
 def test_failing_while_saving_leaves_nothing(

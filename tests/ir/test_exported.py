@@ -78,6 +78,29 @@ def test_recorded_positional_arguments_are_positional() -> None:
     assert bit_equal(found, evaluate(program, program.forward, [ids, mask]).results[0])
 
 
+def test_without_recorded_positions_all_is_by_keyword() -> None:
+    program = tied()
+    program.facts.clear()
+    ids, mask = torch.randint(0, 11, (2, 4)), torch.rand(2, 4)
+    with torch.no_grad():
+        found = to_exported(program).module()(mask=mask, ids=ids)["logits"]
+    assert bit_equal(found, evaluate(program, program.forward, [ids, mask]).results[0])
+
+
+def test_a_weight_among_the_results_survives_torchs_decomposition() -> None:
+    class Weight(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(4))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.w, self.w * 1
+
+    program = capture_module(Weight(), (torch.ones(4),), {})
+    found = to_exported(program).run_decompositions().module()(torch.ones(4))
+    assert all(torch.equal(value, program.weights["w"].value) for value in found)
+
+
 def test_weights_are_stored_once_with_their_kinds() -> None:
     program = tied()
     exported = to_exported(program)

@@ -30,7 +30,7 @@ entry forward {
   %u: bool[batch, tokens, 1] = aten.unsqueeze(%m, -1)
   %b: f32[batch, tokens, 4] = aten.masked_fill.Scalar(%a, %u, 0)
   %n: f32[4] = aten.add.Tensor(@count, %f)
-  update @count = %n
+  update @count = %n seen "count"
   return {"out": %b, "count": %n, "none": None}
 }
 """
@@ -48,12 +48,14 @@ def inputs(batch: int = 2, tokens: int = 3) -> tuple[Any, ...]:
 def test_results_are_trees_and_states_advance_in_place(program: Program) -> None:
     model = Runnable(program)
     start = program.weights["count"].value.clone()
+    other = Runnable(program)
     x, mask, rest = inputs()
     found = model(x, mask=mask, rest=rest)
     assert list(found) == ["out", "count", "none"]
     assert found["none"] is None
     model(x, mask, rest)
-    assert bits(program.weights["count"].value) == bits(start + 1 + 1)
+    assert bits(model.get_buffer("count")) == bits(start + 1 + 1)
+    assert bits(program.weights["count"].value) == bits(start) == bits(other.get_buffer("count"))
     assert found["count"] is model.get_buffer("count")
 
 
@@ -157,6 +159,7 @@ def test_two_states_may_swap() -> None:
         s=torch.tensor([1.0, 2.0]),
         t=torch.tensor([3.0, 4.0]),
     )
-    Runnable(program)(torch.zeros(2))
-    assert program.weights["s"].value.tolist() == [3.0, 4.0]
-    assert program.weights["t"].value.tolist() == [1.0, 2.0]
+    model = Runnable(program)
+    model(torch.zeros(2))
+    assert model.get_buffer("s").tolist() == [3.0, 4.0]
+    assert model.get_buffer("t").tolist() == [1.0, 2.0]

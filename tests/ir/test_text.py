@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import time
 from contextlib import suppress
 
 import pytest
@@ -14,6 +16,9 @@ from laconic.ir.parse import parse_program
 from laconic.ir.program import Program
 from laconic.ir.run import evaluate
 from laconic.ir.verify import verify
+
+#: More of them find rarer slips: 3000 take minutes.
+MUTATIONS = 300
 
 EVERYTHING = """laconic program 1
 
@@ -39,6 +44,8 @@ entry forward {
   argument mask = [%m, {"k": %e, "flag": True}, None, "text", 2.5]
   %n: int(batch) = aten.sym_size.int(%x, 0) !0
   %k: int(4*batch) = operator.mul(%n, 4) !1
+  %f: float(?) = operator.truediv(%n, 2)
+  %q: bool(?) = operator.gt(%n, 2)
   %l: f32[batch, tokens, 4] = aten.linear(%x, @block.0.weight, @"odd name/with \\"quotes\\"") !2 by dedup
   %t: f32[tokens, batch, 4]{4, 4*tokens, 1} = aten.permute(%l, [1, 0, 2]) !3
   %d: f64[batch, tokens, 4] = aten._to_copy(%l, dtype=f64) !4
@@ -48,7 +55,7 @@ entry forward {
   %v: f32[4] = aten.add.Tensor(@s, 1e-05, alpha=-2)
   update @s = %v
   update "mask.0" = %m
-  return {"a": %t, "b": [%d, (%g,), None], "c": (), "d": %n, "w": %w}
+  return {"a": %t, "b": [%d, (%g,), None], "c": (), "d": %n, "w": %w, "f": (%f, %q)}
 }
 
 site 0..3 = "block.0" "toy.py:7"
@@ -86,7 +93,7 @@ def test_what_was_read_is_what_was_said() -> None:
     assert [str(o) for o in program.forward.outputs] == [
         "update s",
         "input update mask.0",
-        *("result " + path for path in ("a", "b.0", "b.1.0", "d", "w")),
+        *("result " + path for path in ("a", "b.0", "b.1.0", "d", "w", "f.0", "f.1")),
     ]
     by = {n.name: n.meta.get("by") for n in program.forward.calls()}
     assert by["l"] == "dedup"
@@ -207,3 +214,175 @@ def test_numbers_keep_type_and_sign(number: str) -> None:
     program = parse(text)
     assert f"aten.mul.Tensor(%x, {number})" in str(program)
     assert str(parse_program(str(program), own_values(program))) == str(program)
+
+
+#: Added to SMALL in place of its line 4, and refused there: (line, message).
+_REFUSED_LINES = {
+    "fact deep = " + "[" * 100 + "]" * 100: "64 levels deep",
+    "fact deep = " + "[" * 100_000: "not a JSON value",
+    "fact a = 1\nfact a = 2": "given twice",
+    f"size n in [1, {'9' * 5000}] like 2": "at most 20 digits",
+    f"size n in [1, {2**63}] like 2": "less than 2**62",
+    "alias @zz = @w[5:900]": "no rows 5 to 900",
+    "alias @w = none": "declared twice",
+    "alias @zz = @w\nalias @zz = none": "declared twice",
+    "alias @zz = @w\nbuffer @zz: f32[2]": "declared twice",
+    "buffer @b: f32[2]@cuda:99": "device",
+    "buffer @b: f32[2]@nowhere": "no device",
+    "buffer @b: f32[2]{batch}": "fixed sizes",
+    "buffer @b: f32[8//0]": "makes no size",
+    "buffer @b: f32[Mod(1)]": "makes no size",
+    "buffer @b: f32[9**999999999]": "an exponent of a size",
+    "buffer @b: f32[((9**16)**16)**16]": "out of all proportion",
+    "buffer @b: f32[99999999999999999999]": "2**62",
+    "buffer @b: f32[" + "(" * 100 + "1" + ")" * 100 + "]": "levels deep",
+    "buffer @b: f32[" + "-" * 100 + "1]": "levels deep",
+    "buffer @b: " + "(" * 100: "levels deep",
+    'site 0..99999999 = "" ""': "range of sites",
+}
+
+
+@pytest.mark.parametrize("line", _REFUSED_LINES, ids=lambda line: line[:30])
+def test_declarations_that_no_program_has_are_refused(line: str) -> None:
+    own = own_values(parse_program(SMALL, seeded(), "small"))
+    with pytest.raises(ParseError) as caught:
+        parse_program(SMALL.replace("entry", line + "\nentry"), lambda name, kind: own(name.replace("b", "w"), kind))
+    assert _REFUSED_LINES[line] in caught.value.what
+    assert caught.value.line >= 5
+
+
+#: In place of the lines of SMALL's entry that start so: what is refused, and the message.
+_REFUSED_IN_ENTRY = [
+    ("%c", "%c: f32[2] = aten.relu_(@s)", "writes into an operand"),
+    ("%c", '%c: none = aten._print("hello")', "returns no value"),
+    ("%c", '%c: f32[2] = aten.from_file("x", False, 2)', "takes no tensor"),
+    ("%c", "%c: int(9) = operator.pow(9, 99999999)", "plain numbers only"),
+    ("%c", '%c: int(9) = operator.getitem("a", 0)', "takes several values"),
+    ("%c", "%c: f32[2] = operator.mul(@s, 3)", "takes numbers only"),
+    ("%c", "%n: int(batch) = aten.sym_size.int(%x, 0)\n%c: int(batch) = operator.pow(%n, 9999999)", "plain number"),
+    ("%c", "%n: int(batch) = aten.sym_size.int(%x, 0)\n%c: int(batch) = operator.pow(%n, 60)", "2**62"),
+    ("%c", "%c: f32[2] = aten.add.Tensor(@s, " + "[" * 100, "levels deep"),
+    ("%c", "%c: f32[2] = aten.add.Tensor(@s, " + "-" * 100 + "1)", "levels deep"),
+    ("%c", f"%c: f32[2] = aten.add.Tensor(@s, {'9' * 5000})", "at most 20 digits"),
+    ("%c", '%c: f32[2] = aten.add.Tensor(@s, complex("a", 1))', "two parts"),
+    ("%c", "%c: f32[2] = aten.add.Tensor(@s, 1) !" + "9" * 5000, "at most 20 digits"),
+    ("%c", "%c: f32[2] = aten._to_copy(@s, dtype=64)", "takes a dtype as 'dtype'"),
+    ("%c", "%c: f32[2] = aten._to_copy(@s, memory_format=9)", "takes a memory_format"),
+    ("%c", "%c: f32[2] = aten.to_sparse(@s)", "no value of a program"),
+    ("update", "update @w = %c", "is no state"),
+    ("update", "update @nope = %c", "is no state"),
+    ("update", 'update "nope" = %c', "is no input"),
+    ("update", "update @s = %a", "becomes"),
+    ("update", "update @s = 1", "becomes"),
+    ("update", "update @s = %c\nupdate @s = %c", "twice"),
+    ("update", 'update @s = %c seen "nope"', "seen in nope"),
+    ("input", 'input %x: f32[batch, 2] in ["a", "b"]', "two numbers"),
+    ("input", "input %x: f32[batch, 2] in [1.0, -1.0]", "two numbers"),
+    ("input", "input %x: i64[batch, 2] in [0, inf]", "whole numbers"),
+    ("input", "input %x: f32[batch - 9, 2] in [0, 1]", "no tensor has this type"),
+    ("input", "input %x: f32[batch, 4611686018427387903] in [0, 1]", ""),
+    ("input", "input %x: f32[batch, 2]@cuda:99 in [0, 1]", "device"),
+    ("input", "input %x: f32[((batch**16)**16)**16] in [0, 1]", "out of all proportion"),
+    ("argument", "argument x = %x\nargument x = 1", "declared twice"),
+    ("argument", "argument x = " + '{"a": ' * 100, "levels deep"),
+    ("entry", "entry other {", "no entry 'forward'"),
+]
+
+
+@pytest.mark.parametrize(("start", "line", "message"), _REFUSED_IN_ENTRY, ids=[c[1][:40] for c in _REFUSED_IN_ENTRY])
+def test_lines_that_no_entry_has_are_refused(
+    start: str, line: str, message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    own = own_values(parse_program(SMALL, seeded(), "small"))
+    lines = [line if old.strip().startswith(start) else old for old in SMALL.split("\n")]
+    assert line in lines
+    before = time.process_time()
+    with pytest.raises(ParseError) as caught:
+        parse_program("\n".join(lines), own)
+    assert message in caught.value.what
+    assert time.process_time() - before < 5
+    assert "hello" not in capfd.readouterr().out, "nothing is called before it is known to be harmless"
+
+
+def test_results_that_are_a_written_state_are_remembered() -> None:
+    text = SMALL.replace("= %c\n", '= %c seen "0"\n').replace("(%b, 2)", "(%c, 2)")
+    program = parse_program(text, seeded())
+    assert program.forward.outputs[0].seen == ("0",)
+    assert str(parse_program(str(program), own_values(program))) == str(program)
+
+
+def test_any_name_prints_and_parses() -> None:
+    """Names from users: of arguments, sizes, facts, inputs."""
+    text = SMALL.replace("batch", '"gr\\u00f6\\u00dfe"').replace("argument x", 'argument "ma\\u00df 2"')
+    text = text.replace("in [-1.0, 1.0]", 'in [-1.0, 1.0] named "\\u03b1"').replace("size", 'fact "a b" = 1\nsize', 1)
+    program = parse_program(text.replace("entry forward {", "entry forward {"), seeded())
+    assert [s.name for s in program.symbols.values()] == ["größe"]
+    assert list(program.forward.arguments) == ["maß 2"]
+    assert [i.name for i in program.forward.inputs] == ["α"]
+    assert program.facts == {"a b": 1}
+    printed = str(program)
+    assert printed.isascii()
+    assert str(parse_program(printed, own_values(program))) == printed
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("float(?)", "float(1.5)"),
+        ("float(?)", "bool(?)"),
+        ("bool(?)", "bool(True)"),
+        ("float(?)", "int(?)"),
+        ("int(4*batch)", "int(?)"),
+    ],
+)
+def test_a_symbolic_number_is_compared_by_its_kind(old: str, new: str) -> None:
+    with pytest.raises(ParseError):
+        parse_program(EVERYTHING.replace(old, new), seeded(strided=torch.randn(2, 4).t()))
+
+
+def test_a_constant_number_is_compared_exactly() -> None:
+    text = """laconic program 1
+        entry forward {{
+          input %x: f32[2, 3] in [-1.0, 1.0]
+          argument x = %x
+          %n: int(3) = aten.sym_size.int(%x, 1)
+          %f: float({}) = operator.truediv(%n, 2)
+          return %f
+        }}
+        """
+    assert "%f: float(1.5)" in str(parse_program(text.format("1.5"), seeded()))
+    for wrong in ("1.25", "?"):
+        with pytest.raises(ParseError, match="computes float"):
+            parse_program(text.format(wrong), seeded())
+
+
+_INSERTED = [*'0-.,:=%@"({[]})* \n?!é/', "9" * 12, "**", "//", "None", "True", "inf", "batch", "f32", "@s", "%x", "((("]
+
+
+def mutated(text: str, chance: random.Random) -> str:
+    """`text` with a stretch deleted, doubled, replaced, or a token swapped with another of its tokens."""
+    at = chance.randrange(len(text))
+    end = min(len(text), at + chance.choice([1, 1, 2, 5, 20]))
+    kind = chance.randrange(4)
+    if kind == 3:
+        words = text.split(" ")
+        a, b = chance.randrange(len(words)), chance.randrange(len(words))
+        words[a] = words[b]
+        return " ".join(words)
+    put = ["", text[at:end] * 2, chance.choice(_INSERTED)][kind]
+    return text[:at] + put + text[at if kind == 2 and chance.random() < 0.5 else end :]
+
+
+def test_mutations_raise_nothing_but_errors_of_ours() -> None:
+    """What loads is a verified program; what does not is refused for a reason, and at once."""
+    program = example()
+    chance = random.Random(0)
+    own = own_values(program)
+    for number in range(MUTATIONS):
+        text = mutated(EVERYTHING, chance)
+        if number % 2:
+            text = mutated(text, chance)
+        before = time.process_time()
+        with suppress(LaconicError):
+            verify(parse_program(text, own))
+        assert time.process_time() - before < 1, text

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+import laconic
 from helpers import fires, ops, stays
 
 HEAD = """
@@ -208,3 +210,34 @@ def test_entries_are_apart() -> None:
         """,
         "cse",
     )
+
+
+def test_recurrent_layers_without_dropout_draw_nothing() -> None:
+    """Their ops are tagged as random; in eval mode they are merged and removed like any other."""
+
+    class Twice(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = torch.nn.LSTM(4, 4, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.cell(x + 1)
+            return self.cell(x)[0] + self.cell(x)[0]
+
+    torch.manual_seed(0)
+    result = laconic.optimize(Twice(), inputs=(torch.randn(2, 3, 4),))
+    assert sum("lstm" in str(n.target) for n in result.program.forward.calls()) == 1
+
+
+def test_calls_whose_equal_elements_callers_receive_apart_stay_two() -> None:
+    text = body(
+        """
+        %a: (f32[2, 3], i64[2, 3]) = aten.sort(%x)
+        %p: i64[2, 3] = operator.getitem(%a, 1)
+        %b: (f32[2, 3], i64[2, 3]) = aten.sort(%x)
+        %q: i64[2, 3] = operator.getitem(%b, 1)
+        return (%p, %q)
+        """
+    )
+    stays(text, "cse")
+    fires(text.replace("return (%p, %q)", "%r: i64[2, 3] = aten.add.Tensor(%p, %q)\nreturn (%p, %r)"), "cse")

@@ -158,6 +158,10 @@ _KEPT = {
     "a symbolic size": "%n: int(batch) = aten.sym_size.int(%d, 0)\n%a: i64[batch] = aten.arange(%n)\nreturn (%a, %a)",
     "an arange of a symbolic size": "%n: int(batch) = aten.sym_size.int(%d, 0)\n%a: i64[batch] = aten.arange(%n)\n"
     "%c: i64[batch, 1] = aten.unsqueeze(%a, 1)\n%z: f32[batch, 3] = aten.add.Tensor(%d, %c)\nreturn %z",
+    "& all True on whole numbers": "%z: i64[2, 3] = aten.bitwise_and.Tensor(%i, @mask)\nreturn %z",
+    "x - (-0.0)": "%z: f32[2, 3] = aten.sub.Tensor(%x, -0.0)\n%y: f32[2, 3] = aten.exp(%z)\nreturn %y",
+    "a copy of a view that no schema declares": '%e: f32[3, 2]{1, 3} = aten.einsum("ij->ji", [%x])\n'
+    "%z: f32[3, 2]{1, 3} = aten.clone(%e)\nreturn %z",
     "random numbers": "%a: f32[3] = aten.rand([3])\n%z: f32[2, 3] = aten.add.Tensor(%x, %a)\nreturn %z",
 }
 

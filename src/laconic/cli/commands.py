@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from laconic.cli.logs import configure
+from laconic.formats import FORMATS
 from laconic.ir.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -79,8 +80,9 @@ def optimize(
     if output is None and not dry_run:
         raise UsageError("there is nowhere to write to", hint="give -o DIR, or --dry-run to see what would be done")
     passes = parse_pipeline(pipeline)  # before the slow part, so that a slip costs nothing
+    _check_formats(formats or [])
     if output is not None and not dry_run:
-        _refuse_early(output, formats or [], force)
+        _refuse_early(output, force)
     with _display(quiet, verbose, no_progress, threads) as display:
         from laconic.artefact import save
         from laconic.cli.report import ledger_report
@@ -93,7 +95,8 @@ def optimize(
         run = PassManager(passes, verify_each, check, (display.instrument(),)).run(program, inputs)
         run.ledger.model = model
         if output is not None and not dry_run:
-            save(run.program, run.ledger, run.plans, output, formats=formats or (), force=force, progress=display.stage)
+            options: dict[str, Any] = {"formats": formats or (), "force": force, "progress": display.stage}
+            save(run.program, run.ledger, run.plans, output, seed=seed, **options)
     if json:
         return _json(run.ledger.to_json())
     ledger_report(run.ledger)
@@ -160,7 +163,7 @@ def export(
         raise UsageError(f"{output} does not say what to write", hint="name it F.onnx or F.pt2")
     if kind == ".pt2" and opset is not None:
         raise UsageError("--opset is for ONNX")
-    _refuse_early(output, [], force)
+    _refuse_early(output, force)
     with _display(quiet, verbose, no_progress, threads) as display:
         from laconic.cli.report import export_report
         from laconic.codegen.onnx import write_onnx
@@ -202,14 +205,17 @@ def _display(quiet: bool, verbose: int, no_progress: bool, threads: int) -> Disp
     return display
 
 
-def _refuse_early(output: Path, formats: list[str], force: bool) -> None:
+def _refuse_early(output: Path, force: bool) -> None:
+    """Before the slow part: saving asks again."""
     from laconic.ir.files import refuse_existing
 
     refuse_existing(output, force)
-    known = ("onnx", "pt2")
+
+
+def _check_formats(formats: list[str]) -> None:
     for name in formats:
-        if name not in known:
-            raise UsageError(f"there is no format {name!r}", hint=did_you_mean(name, known))
+        if name not in FORMATS:
+            raise UsageError(f"there is no format {name!r}", hint=did_you_mean(name, FORMATS))
 
 
 def _json(data: Any) -> None:
