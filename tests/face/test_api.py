@@ -12,7 +12,7 @@ from torch.export import Dim
 
 import laconic
 from laconic.evaluate import evaluate_programs
-from laconic.ir.errors import UsageError
+from laconic.ir.errors import UsageError, VerificationError
 from laconic.ir.source_model import Source
 from laconic.passes.cse import Cse
 from laconic.sources import capture_source
@@ -125,3 +125,66 @@ def test_a_recurrent_model_keeps_its_batch_and_fixes_its_sequence(tmp_path: Path
     program = laconic.capture(str(tmp_path))
     assert any(line.startswith("input_ids axis 1 =") for line in program.facts["specialized"])
     assert [s.name for s in program.symbols.values()] == ["batch"]
+
+
+class Returning(nn.Module):
+    """Returns the state it writes, the input it writes, an equal value of its own, and a part of the state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros(3))
+        self.register_buffer("last", torch.zeros(3))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.total.add_(x)
+        x.mul_(2)
+        twice = x * 2
+        self.last.copy_(twice)
+        return {"total": self.total, "x": x, "twice": twice, "part": self.total[1:]}
+
+
+def test_a_result_is_the_written_tensor_only_where_the_module_returns_that(tmp_path: Path) -> None:
+    result = laconic.optimize(Returning(), inputs=(torch.ones(3),))
+    assert "part" in result.program.facts["copies"][0]
+    for model in (Returning(), result.model, laconic.load(result.save(tmp_path / "out"))):
+        x = torch.ones(3)
+        first = model(x)
+        assert first["x"] is x
+        assert first["total"] is model.get_buffer("total")
+        first["twice"].add_(100)
+        second = model(torch.ones(3))
+        assert first["total"].tolist() == [2.0, 2.0, 2.0]
+        assert second["twice"].tolist() == [4.0, 4.0, 4.0]
+        assert model.get_buffer("last").tolist() == [4.0, 4.0, 4.0]
+
+
+def test_models_made_of_one_program_have_states_of_their_own(tmp_path: Path) -> None:
+    program = laconic.capture(Returning(), torch.ones(3))
+    one, two = laconic.optimize(program), laconic.optimize(program, "cse")
+    one.model(torch.ones(3))
+    assert two.model(torch.ones(3))["total"].tolist() == [1.0, 1.0, 1.0]
+    assert laconic.load(one.save(tmp_path / "out"))(torch.ones(3))["total"].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_saving_what_was_written_into_since_is_refused(tmp_path: Path) -> None:
+    module = nn.Linear(3, 3)
+    result = laconic.optimize(module, inputs=(torch.ones(1, 3),))
+    with torch.no_grad():
+        module.weight.mul_(2)
+    with pytest.raises(VerificationError, match="'weight' was written into"):
+        result.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_derived_sizes_are_checked() -> None:
+    class Halves(nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return x[: y.shape[0]] + y
+
+    half = Dim("half")
+    shapes = {"x": {0: 2 * half}, "y": {0: half}}
+    model = laconic.optimize(Halves(), inputs=(torch.ones(6), torch.ones(3)), dynamic_shapes=shapes).model
+    assert model(torch.ones(10), torch.ones(5)).shape == (5,)
+    for x, y in ((5, 4), (8, 3), (7, 4)):
+        with pytest.raises(UsageError, match="must be"):
+            model(torch.ones(x), torch.ones(y))
