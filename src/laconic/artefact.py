@@ -62,7 +62,7 @@ def save(
     """
     final = Path(path)
     refuse_existing(final, force)
-    _refuse_foreign(final)
+    refuse_foreign(final)
     for name in formats:
         if name not in FORMATS:
             raise UsageError(f"there is no format {name!r}", hint=did_you_mean(name, FORMATS))
@@ -80,7 +80,7 @@ def save(
             EXPORTS[name](program, temporary, progress)
         _write_recipe(ledger, seed, temporary)
         progress("moving it into place")
-        _refuse_foreign(final)
+        refuse_foreign(final)
         place_directory(temporary, final, force)
     return final
 
@@ -132,7 +132,7 @@ def read_recipe(folder: Path) -> dict[str, Any]:
     return recipe
 
 
-def _refuse_foreign(path: Path) -> None:
+def refuse_foreign(path: Path) -> None:
     """Raise UsageError for what `force` must not replace: anything but an empty folder or a DIR."""
     if path.is_dir():
         if any(path.iterdir()) and not (path / RECIPE).is_file():

@@ -84,12 +84,14 @@ def optimize(
     if output is not None and not dry_run:
         _refuse_early(output, force)
     with _display(quiet, verbose, no_progress, threads) as display:
-        from laconic.artefact import save
+        from laconic.artefact import refuse_foreign, save
         from laconic.cli.report import ledger_report
         from laconic.ir.inputs import cases
         from laconic.passes.manager import PassManager
         from laconic.sources import program_of
 
+        if output is not None and not dry_run:
+            refuse_foreign(output)
         program = program_of(model, display.stage)
         inputs = cases(program, program.forward, seed=seed)
         run = PassManager(passes, verify_each, check, (display.instrument(),)).run(program, inputs)
