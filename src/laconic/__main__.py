@@ -5,25 +5,39 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from types import FrameType
 
-_INTERRUPTED = 130
+INTERRUPTED = 130
+
+
+class _Interrupt:
+    """Ctrl-C. Libraries turn the exception into others, so that it came is remembered as well."""
+
+    came = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.came = True
+        raise KeyboardInterrupt
 
 
 def main() -> None:
     """Run the command line and leave the process with its exit code."""
+    interrupt = _Interrupt()
+    signal.signal(signal.SIGINT, interrupt)
     try:
         from laconic.cli.main import run
 
         code = run()
-    except KeyboardInterrupt:
-        code = _INTERRUPTED
+    except BaseException:
+        if not interrupt.came:
+            raise
+        code = INTERRUPTED
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is done; Python's own shutdown is not to be interrupted
-    if code == _INTERRUPTED:
-        # An interrupt that came while Python ran a string of code marks the process as dying of it, also when it was
-        # caught: leaving in the usual way would end it by the signal instead of with the exit code.
+    if interrupt.came and code != 0:
+        # In the usual way Python would die of the signal if it came while a string of code was run, even if caught.
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
+        os._exit(INTERRUPTED)
     sys.exit(code)
 
 
