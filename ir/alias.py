@@ -28,7 +28,13 @@ def alias_operand(node: fx.Node) -> fx.Node | None:
         return None
     if node.target is operator.getitem:
         source: Any = node.args[0]
-        return source if isinstance(source, fx.Node) and traits(source).alias is not None else None
+        if not isinstance(source, fx.Node) or (position := traits(source).alias) is None:
+            return None
+        listed = source.args[position] if position < len(source.args) else None
+        if isinstance(listed, (list, tuple)) and isinstance(node.args[1], int):  # result k is a view of element k
+            element = listed[node.args[1]]
+            return element if isinstance(element, fx.Node) else None
+        return source
     position = traits(node).alias
     if position is None or position >= len(node.args):
         return None

@@ -8,6 +8,8 @@ own.
 
 from __future__ import annotations
 
+import inspect
+import logging
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,13 +23,15 @@ from torch.export import ExportedProgram
 
 from laconic.ir.capture_build import build
 from laconic.ir.capture_check import Call, ModuleState, compare_with_module
-from laconic.ir.errors import FixedAxisError, LaconicError, ModelError, UnsupportedError
+from laconic.ir.errors import FixedAxisError, LaconicError, ModelError, UnsupportedError, UsageError
 from laconic.ir.program import Program
 from laconic.ir.silence import torch_silenced
 from laconic.ir.source import user_source
 from laconic.ir.torch_private import dead_draws_kept
 from laconic.ir.types import DTYPE_NAMES
 from laconic.ir.verify import verify
+
+log = logging.getLogger(__name__)
 
 #: Modules of torch that have a native fast path in eval mode.
 _FAST = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
@@ -50,12 +54,14 @@ def capture_module(
     examples and at other sizes of every dynamic axis.
 
     Attention of `torch.nn` is captured as its Python code computes it, which is what it is compared with: eager takes
-    one native kernel instead ("fast path"), which rounds differently. `facts["fastpath"]` is "off" for such a model.
+    one native kernel instead ("fast path"), which rounds differently and, given a padding mask, puts zeros at padded
+    places. `facts["fastpath"]` is "off" for such a model, and a warning says so.
 
     Raises UnsupportedError with the user's source line if the model cannot be captured (FixedAxisError if it fixes an
     axis that is to be dynamic), ModelError if a parameter is not finite, VerificationError if the captured Program is
     not the module.
     """
+    _refuse_wrong_call(module, args, kwargs)
     _refuse_tensors(module, args, kwargs)
     _refuse_nonfinite(module)
     args, kwargs = _unshared(args, kwargs)
@@ -66,6 +72,7 @@ def capture_module(
         program = build(module, exported, args, kwargs, dynamic_shapes)
         if any(isinstance(m, _FAST) for m in module.modules()):
             program.facts["fastpath"] = "off"
+            log.warning("captured without torch's native attention, whose values differ where a mask pads")
         progress("verifying types")
         verify(program)
         if check:
@@ -105,6 +112,19 @@ def _unshared(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any,
             seen.add(id(value))
     args, kwargs = pytree.tree_unflatten(flat, spec)
     return args, kwargs
+
+
+def _refuse_wrong_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Arguments that forward does not take are the caller's slip, unless a hook changes them first."""
+    if module._forward_pre_hooks:
+        return
+    try:
+        inspect.signature(module.forward).bind(*args, **kwargs)
+    except TypeError as problem:
+        raise UsageError(
+            f"{type(module).__name__}.forward is not called like this: {problem}",
+            why=f"forward{inspect.signature(module.forward)}",
+        ) from problem
 
 
 def _refuse_tensors(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -81,7 +81,7 @@ class _Builder:
         self.result.entries["forward"] = entry
         canonicalize(self.graph)
         for node in list(self.graph.nodes):
-            if node.op == "placeholder" and node.meta["kind"] is not Kind.INPUT and not node.users:
+            if node.op == "placeholder" and node.meta["kind"] not in (Kind.INPUT, Kind.STATE) and not node.users:
                 self.graph.erase_node(node)
         propagate(self.result, self.graph, None)
         self.result.examples = [tuple(e.detach().clone() for e in examples)]

@@ -6,6 +6,7 @@ The module is called exactly as the user called it, each time from the same stat
 from __future__ import annotations
 
 import logging
+import sys
 from collections import OrderedDict, defaultdict, deque
 from dataclasses import dataclass, replace
 from typing import Any
@@ -81,6 +82,10 @@ class ModuleState:
         elif isinstance(value, tuple):
             for child in value:
                 self._keep(child)
+        elif _is_users_object(value) and id(value) not in self._containers:
+            self._containers[id(value)] = (vars(value), dict(vars(value)))
+            for child in list(vars(value).values()):
+                self._keep(child)
 
     def restore(self) -> None:
         for module, attributes in self._attributes:
@@ -95,6 +100,17 @@ class ModuleState:
             if not bit_equal(tensor, value):
                 with torch.no_grad():
                     tensor.copy_(value)
+
+
+def _is_users_object(value: Any) -> bool:
+    """Whether a value is an object with attributes of its own that is neither a library's nor code."""
+    kind = type(value)
+    library = kind.__module__.partition(".")[0]
+    return (
+        hasattr(value, "__dict__")
+        and kind is not type
+        and (library not in sys.stdlib_module_names | {"torch"} or kind.__name__ == "SimpleNamespace")
+    )
 
 
 def _same_objects(now: Any, before: Any) -> bool:
@@ -200,13 +216,14 @@ class _Reference:
         """The results that are a written tensor itself, by update; and in words those that share memory with one."""
         entry = self.program.forward
         inputs = case.clone()
-        buffers = dict(self.module.named_buffers(remove_duplicate=False))
         homes = {i.name: t for i, t in zip(entry.inputs, inputs, strict=True)}
         names = [o.name for o in entry.outputs if o.role is Role.RESULT]
         seen: dict[str, list[str]] = {}
         parts: list[str] = []
         try:
-            for name, result in zip(names, self._returned(inputs), strict=True):
+            results = self._returned(inputs)
+            buffers = dict(self.module.named_buffers(remove_duplicate=False))  # after the call, which may rebind them
+            for name, result in zip(names, results, strict=True):
                 for output in (o for o in entry.outputs if o.role is not Role.RESULT):
                     home = buffers[output.name] if output.role is Role.UPDATE else homes[output.name]
                     if not isinstance(result, torch.Tensor) or not result.numel() or not _same_memory(result, home):
@@ -227,9 +244,9 @@ class _Reference:
         """The module's results, states and inputs after a run, by the names that Outcome gives them."""
         entry = self.program.forward
         inputs = case.clone()
-        buffers = dict(self.module.named_buffers(remove_duplicate=False))
         try:
             indexed = self._returned(inputs)
+            buffers = dict(self.module.named_buffers(remove_duplicate=False))  # after the call, which may rebind them
             found = {f"result {i}": r.clone() if isinstance(r, torch.Tensor) else r for i, r in enumerate(indexed)}
             found.update({f"state {name}": buffers[name].clone() for name in entry.updated()})
             by_name = {i.name: t for i, t in zip(entry.inputs, inputs, strict=True)}

@@ -24,11 +24,12 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What a program returns on each case, and the state of the random generator that it leaves."""
+    """What a program returns on each case, which of that shares memory, and the state of the random generator left."""
 
     cases: list[Case]
     outcomes: list[Outcome]
     generators: list[torch.Tensor]
+    sharing: list[frozenset[tuple[str, str]]]
 
     @classmethod
     def of(cls, program: Program, cases: Sequence[Case]) -> Outcomes:
@@ -37,10 +38,11 @@ class Outcomes:
         A drawn case on which the program itself raises is left out, and logged; a given one raises. Raises
         VerificationError if none is left.
         """
-        found = cls([], [], [])
+        found = cls([], [], [], [])
         for case in cases:
             try:
-                outcome, generator = _run(program, case)
+                inputs = case.clone()
+                outcome, generator = _run(program, inputs)
             except Exception as problem:  # an op's own check of sizes or values: any type
                 if case.given:
                     raise
@@ -49,6 +51,7 @@ class Outcomes:
             found.cases.append(case)
             found.outcomes.append(outcome)
             found.generators.append(generator)
+            found.sharing.append(_sharing(program, inputs, outcome))
         if not found.cases:
             raise VerificationError(
                 "there is no input on which the program runs, so nothing can be compared",
@@ -62,10 +65,25 @@ class Outcomes:
 
 def run_case(program: Program, case: Case) -> Outcome:
     """Run the entry `forward` once on a copy of the case's inputs."""
-    return _run(program, case)[0]
+    return _run(program, case.clone())[0]
 
 
-def _run(program: Program, case: Case) -> tuple[Outcome, torch.Tensor]:
+def _sharing(program: Program, inputs: list[torch.Tensor], outcome: Outcome) -> frozenset[tuple[str, str]]:
+    """The pairs of names whose tensors lie in one storage: of a value that is returned, with another or with an input
+    or row. Seen in memory, whatever the graph says."""
+    homes = {f"input {i.name}": t for i, t in zip(program.forward.inputs, inputs, strict=True)}
+    homes.update({f"weight {name}": w.value for name, w in program.weights.items()})
+    returned = {name: v for name, v in outcome.tensors().items() if isinstance(v, torch.Tensor)}
+    places: dict[int, list[str]] = {}
+    for name, tensor in {**homes, **returned}.items():
+        if tensor.numel() and tensor.device.type != "meta":
+            places.setdefault(tensor.untyped_storage().data_ptr(), []).append(name)
+    return frozenset(
+        (a, b) for names in places.values() for k, b in enumerate(names) if b in returned for a in names[:k]
+    )
+
+
+def _run(program: Program, inputs: list[torch.Tensor]) -> tuple[Outcome, torch.Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(SEED)  # no other device's
-        return evaluate(program, program.forward, case.clone()), torch.get_rng_state()
+        return evaluate(program, program.forward, inputs), torch.get_rng_state()

@@ -87,7 +87,7 @@ class EntryParser:
                 at.fail(f"{output} is seen in {', '.join(output.seen)}, and not all of these are results", token)
         self.graph.output(tuple(values + given))
         for node in self.rows.values():
-            if not node.users:
+            if not node.users and node.meta["kind"] is not Kind.STATE:
                 self.graph.erase_node(node)
         return Entry(self.name, self.graph, inputs, outputs, arguments, results)
 

@@ -92,7 +92,8 @@ class Runnable(nn.Module):
         self.program = program
         self._entry = program.entries[entry]
         self._executable = Executable(self._entry)
-        self._types = [type_of(n.meta["val"]) for n in self._entry.input_nodes()]
+        kinds = [type_of(n.meta["val"]) for n in self._entry.input_nodes()]
+        self._types = [kind for kind in kinds if isinstance(kind, TensorType)]  # the parser and capture take no others
         self._rows: dict[str, tuple[nn.Module, str]] = {}
         for name, weight in program.weights.items():
             # States are this model's own: running it does not change the program, nor another model made of it.
@@ -141,13 +142,33 @@ class Runnable(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The results as a plain tree; arguments by position or name, constants may be left out."""
         inputs = flatten_arguments(self._entry, args, kwargs)
-        check_inputs(self.program, self._entry, inputs, self._types)
+        bound = check_inputs(self.program, self._entry, inputs, self._types)
+        inputs = [self._laid_out(k, value, bound) for k, value in enumerate(inputs)]
         rows = {name: getattr(module, last) for name, (module, last) in self._rows.items()}
         outputs = list(self._executable(rows, inputs))
         if self._written:
             self._write(outputs, rows, inputs)
         results = [v for v, o in zip(outputs, self._entry.outputs, strict=True) if o.role is Role.RESULT]
         return fill(self._entry.results, results)
+
+    def _laid_out(self, k: int, value: torch.Tensor, bound: dict[sympy.Symbol, int]) -> torch.Tensor:
+        """An input with the strides that it was captured with, which the program may rely on: itself or a copy.
+
+        Raises UsageError for an input that is written into, since the caller would not see that in a copy.
+        """
+        kind, name = self._types[k], self._entry.inputs[k].name
+        sizes = {s: sympy.Integer(n) for s, n in bound.items()}
+        wanted = [s if isinstance(s, int) else s.xreplace(sizes) for s in kind.stride]
+        if all(n == 1 or s == w for n, s, w in zip(value.shape, value.stride(), wanted, strict=True)):
+            return value
+        if not value.numel() or any(not isinstance(w, int) and not w.is_Integer for w in wanted):
+            return value
+        if any(o.role is Role.INPUT_UPDATE and o.name == name for o in self._entry.outputs):
+            raise UsageError(
+                f"input {name!r} is written into and must have strides {wanted}, has {list(value.stride())}",
+                hint=f"pass {name}.contiguous(), or capture with an example laid out like this",
+            )
+        return torch.empty_strided(value.shape, [int(w) for w in wanted], dtype=value.dtype).copy_(value)
 
     def _write(self, outputs: list[Any], rows: dict[str, torch.Tensor], inputs: list[torch.Tensor]) -> None:
         """Write updates back. A result in which the module shows the written tensor itself becomes that tensor."""
@@ -194,8 +215,9 @@ def flatten_arguments(entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any
     return flat
 
 
-def check_inputs(program: Program, entry: Entry, inputs: list[Any], kinds: list[Any]) -> None:
-    """Compare inputs with the captured types; each dynamic size is bound once, derived ones are held to it."""
+def check_inputs(program: Program, entry: Entry, inputs: list[Any], kinds: list[Any]) -> dict[sympy.Symbol, int]:
+    """Compare inputs with the captured types; each dynamic size is bound once, derived ones are held to it. Returns the
+    sizes. Raises UsageError."""
     bound: dict[sympy.Symbol, int] = {}
     derived: list[tuple[int, sympy.Expr, int]] = []
     for k, (value, kind) in enumerate(zip(inputs, kinds, strict=True)):
@@ -212,6 +234,7 @@ def check_inputs(program: Program, entry: Entry, inputs: list[Any], kinds: list[
     for k, size, actual in derived:
         if not _derives(program, bound, size, actual):
             _refuse_input(program, entry, k, inputs[k], kinds[k])
+    return bound
 
 
 def _within(program: Program, size: sympy.Symbol, actual: int) -> bool:

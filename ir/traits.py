@@ -96,7 +96,7 @@ _MAY_COPY = {
     "aten::type_as",
 }
 
-#: May return a view of this operand (or its one element, for a list), though their schemas do not say so.
+#: May return a view of this operand (of a list: result k of element k), though their schemas do not say so.
 _UNDECLARED_VIEWS = {
     "aten::atleast_1d": 0,
     "aten::atleast_2d": 0,
@@ -109,6 +109,13 @@ _UNDECLARED_VIEWS = {
     "aten::feature_alpha_dropout": 0,
     "aten::einsum": 1,
     "aten::unsafe_chunk": 0,
+    "aten::unsafe_split": 0,
+    "aten::unsafe_split_with_sizes": 0,
+    "aten::flatten_dense_tensors": 0,
+    "aten::meshgrid": 0,
+    "aten::sum_to_size": 0,
+    "aten::to_dense": 0,
+    "aten::type_as": 0,
 }
 
 

@@ -215,6 +215,12 @@ def _interface(before: Program, after: Program) -> None:
         raise VerificationError("the example inputs changed")
     for name, old in before.entries.items():
         new = after.entries[name]
+        if new.name != name:
+            raise VerificationError(f"entry {name!r} calls itself {new.name!r}")
+        sites = {n.name: n.meta.get("site") for n in old.calls()}
+        moved = [n for n in new.calls() if n.name in sites and n.meta.get("site") != sites[n.name]]
+        if moved:
+            raise VerificationError(f"%{moved[0].name} was moved to another site", where=before.describe(moved[0]))
         if old.inputs != new.inputs or repr(old.arguments) != repr(new.arguments):  # the order of keys counts
             raise VerificationError(f"the inputs of entry {name!r} changed")
         for a, b in zip(old.input_nodes(), new.input_nodes(), strict=False):
@@ -238,6 +244,17 @@ def _interface(before: Program, after: Program) -> None:
     for name in before.aliases:
         if name not in after.aliases:
             raise VerificationError(f"the alias {name!r} is gone")
+    for name in after.aliases:
+        if name not in before.aliases and name not in before.weights and name not in _made(before, after):
+            raise VerificationError(f"the alias {name!r} gives a name that the model never had")
+    for name, made in after.weights.items():
+        if name not in before.weights and made.kind is not Kind.CONSTANT:
+            raise VerificationError(f"the new row {name!r} is a {made.kind}: a pass makes constants only")
+
+
+def _made(before: Program, after: Program) -> set[str]:
+    """Names of constants that the pass itself made."""
+    return {name for name in after.weights if name not in before.weights}
 
 
 def _training(weight: Weight) -> tuple[bool, bool, bool]:

@@ -31,6 +31,10 @@ def check(contract: Contract, program: Program, before: Outcomes, after: Outcome
             _exact(case, expected, found)
         else:
             _tolerance(case, expected, found, evaluate_precise(program, program.forward, case.clone()).tensors())
+    for case, shared, shares in zip(before.cases, before.sharing, after.sharing, strict=True):
+        for a, b in sorted(shared ^ shares):
+            became = "now shares" if (a, b) in shares else "no longer shares"
+            raise VerificationError(f"{b} {became} memory with {a}", where=str(case))
     for case, was, now in zip(before.cases, before.generators, after.generators, strict=True):
         if contract is Contract.EXACT and not torch.equal(was, now):
             raise VerificationError(

@@ -188,3 +188,94 @@ def test_derived_sizes_are_checked() -> None:
     for x, y in ((5, 4), (8, 3), (7, 4)):
         with pytest.raises(UsageError, match="must be"):
             model(torch.ones(x), torch.ones(y))
+
+
+class Rebinding(nn.Module):
+    """Writes a state without reading it, and rebinds another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("last", torch.zeros(3))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.last.copy_(x)
+        self.calls = self.calls + 1
+        return x * self.calls
+
+
+def test_states_that_are_only_written_or_rebound_are_captured_and_exported(tmp_path: Path) -> None:
+    module = Rebinding()
+    result = laconic.optimize(module, inputs=(torch.ones(3),))
+    assert module.calls == 0
+    folder = result.save(tmp_path / "out", formats=("pt2", "onnx"))
+    for model in (result.model, laconic.load(folder), torch.export.load(folder / "model.pt2").module()):
+        assert [model(torch.ones(3)).tolist() for _ in range(2)] == [[1.0] * 3, [2.0] * 3]
+
+
+def test_an_input_laid_out_otherwise_gives_right_values() -> None:
+    class Strided(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.as_strided(x.contiguous(), (4, 3), (6, 2))
+
+    model = laconic.optimize(Strided(), inputs=(torch.randn(4, 6),)).model
+    x = torch.randn(6, 4).t()
+    assert torch.equal(model(x), Strided()(x))
+
+    class Writing(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.mul_(2)
+
+    with pytest.raises(UsageError, match="strides"):
+        laconic.optimize(Writing(), inputs=(torch.randn(4, 6),)).model(x)
+
+
+class Cache:
+    def __init__(self) -> None:
+        self.table: torch.Tensor | None = None
+        self.calls = 0
+
+
+def test_objects_that_a_module_holds_are_left_as_they_were() -> None:
+    class Lazy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cache = Cache()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.cache.calls += 1
+            if self.cache.table is None:
+                self.cache.table = torch.arange(6.0)
+            return x + self.cache.table
+
+    module = Lazy()
+    result = laconic.optimize(module, inputs=(torch.ones(6),))
+    assert module.cache.table is None
+    assert module.cache.calls == 0
+    assert torch.equal(result.model(torch.ones(6)), module(torch.ones(6)))
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        lambda x: x.type_as(x),
+        lambda x: x.sum_to_size(x.shape),
+        lambda x: torch.broadcast_tensors(x, x)[1],
+        lambda x: torch.atleast_2d(x, x)[1],
+        lambda x: torch.unsafe_split(x, 4)[0],
+        lambda x: torch.einsum("ij->ij", x),
+    ],
+)
+def test_a_copy_of_a_view_that_no_schema_declares_stays_one(op: Any) -> None:
+    class Copying(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return op(x).clone()
+
+    x = torch.randn(4, 6)
+    result = laconic.optimize(Copying(), inputs=(x,))
+    assert result.model(x).data_ptr() != x.data_ptr()
+
+
+def test_a_wrong_call_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="'y'"):
+        laconic.optimize(nn.Linear(3, 3), inputs={"input": torch.ones(1, 3), "y": torch.ones(1)})

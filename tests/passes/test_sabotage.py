@@ -102,7 +102,7 @@ _CAUGHT: dict[bad.Change, str] = {
     bad.trains_what_was_frozen: "whether it is trained",
     bad.changes_a_weight: "'exact' is broken",
     bad.points_an_alias_at_other_values: "the weight 'frozen'",
-    bad.alias_to_nowhere: "the weight table lacks",
+    bad.alias_to_nowhere: "gives a name that the model never had",
     bad.writes_a_weight: "in place",
     bad.writes_a_weight_through_data: "in place",
     bad.writes_a_weight_through_numpy: "in place",
