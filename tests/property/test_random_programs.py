@@ -61,8 +61,12 @@ def in_program(program: Program, inputs: list[torch.Tensor]) -> Any:
 
 
 def same_as_module(module: RandomModule, program: Program, dynamic: Any, seed: int) -> None:
-    """Bit for bit the module in eager: results, inputs written to, states, and how far the RNG went."""
-    for k, batch in enumerate((3, 2, 6) if dynamic else (3, 3, 3)):
+    """Bit for bit the module in eager: results, inputs written to, states, and how far the RNG went.
+
+    torch fixes an axis now and then, without a word, where its example's size equals another size; we report it.
+    """
+    assert not dynamic or program.symbols or "specialized" in program.facts
+    for k, batch in enumerate((3, 2, 6) if program.symbols else (3, 3, 3)):
         inputs = list(example_inputs(batch, seed + 1000 * k))
         assert in_program(program, inputs) == in_eager(module, inputs), f"seed {seed}, batch {batch}"
 
