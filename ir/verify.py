@@ -245,16 +245,11 @@ def _interface(before: Program, after: Program) -> None:
         if name not in after.aliases:
             raise VerificationError(f"the alias {name!r} is gone")
     for name in after.aliases:
-        if name not in before.aliases and name not in before.weights and name not in _made(before, after):
+        if name not in before.aliases and name not in before.weights:
             raise VerificationError(f"the alias {name!r} gives a name that the model never had")
     for name, made in after.weights.items():
         if name not in before.weights and made.kind is not Kind.CONSTANT:
             raise VerificationError(f"the new row {name!r} is a {made.kind}: a pass makes constants only")
-
-
-def _made(before: Program, after: Program) -> set[str]:
-    """Names of constants that the pass itself made."""
-    return {name for name in after.weights if name not in before.weights}
 
 
 def _training(weight: Weight) -> tuple[bool, bool, bool]:
