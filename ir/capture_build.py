@@ -20,7 +20,7 @@ from laconic.ir.errors import UnsupportedError
 from laconic.ir.inputs import observed
 from laconic.ir.program import Alias, Entry, Input, Kind, Output, Program, Role, Site, Weight
 from laconic.ir.propagate import propagate
-from laconic.ir.rewrite import fake_weight, placeholder_name
+from laconic.ir.rewrite import fake_weight, placeholder_name, site_name
 from laconic.ir.source import user_source
 from laconic.ir.torch_private import expression, free_symbols, is_unbacked, symbol_hint
 from laconic.ir.tree import Leaf, Tree, class_of, leaves, plain
@@ -246,10 +246,11 @@ class _Builder:
         for old in self.exported.graph.nodes:
             if old.op != "call_function":
                 continue
-            new = self.graph.node_copy(old, lambda n: lookup[n])
-            module, source = _module_path(old), _node_source(old)
-            new.meta = {"site": len(self.result.sites)}
-            self.result.sites[len(self.result.sites)] = Site(module, source)
+            site = len(self.result.sites)
+            args, kwargs = fx.node.map_arg((old.args, old.kwargs), lambda n: lookup[n])
+            new = self.graph.create_node("call_function", old.target, args, kwargs, name=site_name(old.name, site))
+            new.meta = {"site": site}
+            self.result.sites[site] = Site(_module_path(old), _node_source(old))
             lookup[old] = new
             self.nodes[old.name] = new
 

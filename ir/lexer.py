@@ -18,6 +18,7 @@ _TOKEN = re.compile(
   | (?P<string>"(?:[^"\\\n]|\\.)*")
   | (?P<value>%[A-Za-z_]\w*)
   | (?P<row>@(?:[A-Za-z_0-9][\w.]*|"(?:[^"\\\n]|\\.)*"))
+  | (?P<shift>![+-]\d+)
   | (?P<site>!\d+)
   | (?P<number>(?:\d+\.\d*(?:e[+-]?\d+)?|\d+e[+-]?\d+|\d+)(?![\w]))
   | (?P<word>[A-Za-z_][\w.]*)

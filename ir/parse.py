@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from laconic.ir.lexer import MAX_DEPTH, Cursor
-from laconic.ir.parse_entry import EntryParser
+from laconic.ir.lexer import MAX_DEPTH, Cursor, Token
+from laconic.ir.parse_entry import EntryParser, FunctionParser
 from laconic.ir.parse_types import MAX_SIZE, TypeParser
 from laconic.ir.program import Alias, Kind, Program, Site, Weight
 from laconic.ir.text import VERSION
@@ -62,6 +62,7 @@ class _Parser:
             "fact": self.fact,
             "size": self.size,
             "alias": self.alias,
+            "function": self.function,
             "entry": self.entry,
             "site": self.site,
             **dict.fromkeys(("parameter", "buffer", "constant", "state"), self.weight),
@@ -150,22 +151,37 @@ class _Parser:
         if name in self.result.weights or name in self.result.aliases:
             at.fail(f"{name!r} is declared twice", token)
         at.expect("=")
-        rows = None
-        if at.accept("none"):
-            target = None
-        else:
-            target = at.take_row()
-            if at.accept("["):
-                start = at.take_int()
-                at.expect(":")
-                rows = (start, at.take_int())
-                at.expect("]")
-            if target not in self.result.weights:
-                at.fail(f"the alias {name!r} points at {target!r}, which is not declared", token)
-            shape = self.result.weights[target].value.shape
-            if rows and not (shape and rows[0] <= rows[1] <= shape[0]):
-                at.fail(f"{target!r} has no rows {rows[0]} to {rows[1]}", token)
-        self.result.aliases[name] = Alias(target, rows)
+        self.result.aliases[name] = Alias(None) if at.accept("none") else self.view(name, token)
+
+    def view(self, name: str, token: Token) -> Alias:
+        """A row, rows and columns of one, or the transpose of either."""
+        at = self.at
+        transposed = at.accept("transpose")
+        target = at.take_row()
+        windows: list[tuple[int, int] | None] = []
+        if at.accept("["):
+            windows.append(self.window())
+            if at.accept(","):
+                windows.append(self.window())
+            at.expect("]")
+        if target not in self.result.weights:
+            at.fail(f"the alias {name!r} points at {target!r}, which is not declared", token)
+        shape = self.result.weights[target].value.shape
+        for axis, (window, what) in enumerate(zip(windows, ("rows", "columns"), strict=False)):
+            if window and not (axis < len(shape) and window[0] <= window[1] <= shape[axis]):
+                at.fail(f"{target!r} has no {what} {window[0]} to {window[1]}", token)
+        if len(shape) != 2 and (transposed or len(windows) == 2):
+            at.fail(f"{target!r} is no matrix, and only a matrix has columns or a transpose", token)
+        rows, columns = [*windows, None, None][:2]
+        return Alias(target, rows, columns, transposed)
+
+    def window(self) -> tuple[int, int] | None:
+        """`a:b`, or `:` for all."""
+        if self.at.accept(":"):
+            return None
+        start = self.at.take_int()
+        self.at.expect(":")
+        return (start, self.at.take_int())
 
     def site(self) -> None:
         at = self.at
@@ -192,6 +208,17 @@ class _Parser:
         at.expect("{")
         at.end_line()
         self.result.entries[name] = EntryParser(at, self.types, self.result, name).entry()
+
+    def function(self) -> None:
+        at = self.at
+        at.advance()
+        token = at.next
+        name = at.take_name("the name of a function")
+        if name in self.result.functions:
+            at.fail(f"function {name!r} is declared twice", token)
+        at.expect("{")
+        at.end_line()
+        self.result.functions[name] = FunctionParser(at, self.types, self.result).function(name)
 
 
 def _depth(value: Any) -> int:

@@ -1,45 +1,78 @@
-"""The body of an entry in the text form: inputs, arguments, calls, updates and results."""
+"""Functions and entries in the text form: slots or inputs and arguments, calls, updates and results."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import fx
 
-from laconic.ir.errors import LaconicError
 from laconic.ir.lexer import Cursor, Token
-from laconic.ir.parse_types import MAX_SIZE, TypeParser, illegal
-from laconic.ir.program import Entry, Input, Kind, Output, Program, Role
-from laconic.ir.propagate import recompute
+from laconic.ir.outline import Label, add_call, label_of, results_of, shifted
+from laconic.ir.parse_body import Binder, BodyParser, first_line
+from laconic.ir.parse_types import TypeParser
+from laconic.ir.program import Entry, Function, Input, Kind, Output, Program, Role
 from laconic.ir.rewrite import fake_weight, placeholder_name
-from laconic.ir.text import LAYOUTS, MEMORY_FORMATS
-from laconic.ir.torch_private import is_symbolic
-from laconic.ir.traits import find_op
+from laconic.ir.torch_private import sym_int
 from laconic.ir.tree import CONSTANTS, Leaf, Tree, leaves
-from laconic.ir.types import DTYPES, NumberType, TensorType, ValueType, same_type, type_of, type_text
-
-_WORDS: dict[str, Any] = {
-    "None": None,
-    "True": True,
-    "False": False,
-    "inf": float("inf"),
-    "nan": float("nan"),
-    **MEMORY_FORMATS,
-    **LAYOUTS,
-    **DTYPES,
-}
+from laconic.ir.types import NumberType, TensorType, TupleType, same_type, type_of, type_text
 
 
-class EntryParser:
+class FunctionParser(BodyParser):
+    """Reads a function: slots, calls and results."""
+
+    def function(self, name: str) -> Function:
+        at = self.at
+        while at.accept("slot"):
+            self.slot()
+            at.end_line()
+        first = at.next
+        while at.next.kind == "value":
+            self.call()
+            at.end_line()
+        if not any(node.op == "call_function" for node in self.graph.nodes):
+            at.fail("a function says something", first)
+        at.expect("return")
+        token = at.next
+        results = self.value()
+        made = isinstance(results, tuple) and results
+        if not made or not all(isinstance(r, fx.Node) and r.op == "call_function" for r in results):
+            at.fail("a function returns a tuple of what it computes", token)
+        if len(set(results)) < len(results) or any(not _crosses(r) for r in results):
+            at.fail("a function returns tensors and whole numbers, each once", token)
+        at.end_line()
+        at.expect("}")
+        self.graph.output(results)
+        return Function(name, self.graph)
+
+    def slot(self) -> None:
+        """A placeholder of the declared type."""
+        binder = self.binder()
+        kind = binder.type
+        node = self.graph.create_node("placeholder", binder.label, name=binder.label)
+        try:
+            if isinstance(kind, TensorType):
+                node.meta["val"] = self.program.fake(kind)
+            elif isinstance(kind, NumberType) and kind.kind == "int":
+                node.meta["val"] = sym_int(self.program.mode, kind.value)
+            else:
+                self.at.fail("a slot is a tensor or a whole number", binder.token)
+        except (RuntimeError, ValueError, OverflowError, TypeError) as problem:  # torch's own checks of sizes
+            self.at.fail(f"no value has this type: {first_line(problem)}", binder.token)
+        self.define(node, binder.label, binder.token)
+
+
+def _crosses(node: fx.Node) -> bool:
+    return not isinstance(type_of(node.meta["val"]), TupleType | None)
+
+
+class EntryParser(BodyParser):
     """Reads the body of one entry into a graph over the program's rows."""
 
     def __init__(self, at: Cursor, types: TypeParser, program: Program, name: str) -> None:
-        self.at, self.types, self.program, self.name = at, types, program, name
-        self.graph = fx.Graph()
-        self.values: dict[str, fx.Node] = {}
-        self.rows: dict[str, fx.Node] = {}
+        super().__init__(at, types, program)
+        self.name = name
+        self.inlined = fx.Graph()  # the names of all nodes, those that calls stand for included
         for weight in self.program.weights.values():
             label = placeholder_name(weight.name)
             node = self.graph.create_node("placeholder", label, name=label)
@@ -126,6 +159,82 @@ class EntryParser:
             names.append(self.at.take_string("a result's path"))
         return tuple(names)
 
+    def call(self) -> None:
+        binders = [self.binder()]
+        while self.at.accept(","):
+            binders.append(self.binder())
+        self.at.expect("=")
+        if self.at.accept("call"):
+            return self.function_call(binders)
+        if len(binders) > 1:
+            self.at.fail("an op gives one value; several are given by a function: call NAME(...)")
+        return self.operation(binders[0])
+
+    def function_call(self, binders: list[Binder]) -> None:
+        """A call of a function that stands above; operands and results are of the types that it says."""
+        at, names = self.at, self.program.names
+        token = at.next
+        function = self.program.functions.get(at.take_name("a function"))
+        if function is None:
+            at.fail("no function of this name stands above", token)
+        args, kwargs = self.arguments()
+        slots, results = function.slots(), function.results
+        if kwargs or len(args) != len(slots) or not all(isinstance(a, fx.Node) for a in args):
+            at.fail(f"{function.name} takes {len(slots)} values", token)
+        for slot, given in zip(slots, args, strict=True):
+            wanted, found = type_of(slot.meta["val"]), type_of(given.meta["val"])
+            if not self.agree(found, wanted):
+                at.fail(f"slot %{slot.name} is {type_text(wanted, names)}, not {type_text(found, names)}", token)
+        if len(binders) != len(results):
+            at.fail(f"{function.name} gives {len(results)} values, not {len(binders)}", token)
+        for binder, result in zip(binders, results, strict=True):
+            self.hold(binder, type_of(result.meta["val"]))
+        body = function.calls()
+        labels = self.labels(body)
+        made = [labels[body.index(result)][0] for result in results]
+        if made != [binder.label for binder in binders]:
+            at.fail(f"these results are called {', '.join(f'%{name}' for name in made)} there", binders[0].token)
+        named = [b.label for b in binders]
+        for label, _ in labels:
+            if label not in named:
+                self.reserve(label, token)
+        call = add_call(self.graph, function, args, labels, results, named)
+        for binder, node in zip(binders, results_of(call), strict=True):
+            self.define(node, binder.label, binder.token)
+
+    def labels(self, body: list[fx.Node]) -> list[Label]:
+        """The names and sites of the nodes that a call stands for: `!+47` behind those of the function, or a list."""
+        at = self.at
+        if at.next.kind == "shift":
+            token = at.advance()
+            by = at.whole(token, token.text[2:]) * (-1 if token.text[1] == "-" else 1)
+            found = [shifted(label_of(node), by) for node in body]
+            if None in found:
+                at.fail("the names of the function's nodes do not tell their sites: list them, as [%NAME !SITE, ...]")
+            return [label for label in found if label is not None]
+        token = at.expect("as")
+        at.expect("[")
+        listed: list[Label] = []
+        while not at.peek("]"):
+            name, _ = self.label()
+            site = at.advance() if at.next.kind == "site" else None
+            listed.append((name, None if site is None else at.whole(site, site.text[1:])))
+            if not at.accept(","):
+                break
+        at.expect("]")
+        if len(listed) != len(body):
+            at.fail(f"the function has {len(body)} nodes, not {len(listed)}", token)
+        return listed
+
+    def define(self, node: fx.Node, label: str, token: Token) -> None:
+        super().define(node, label, token)
+        self.reserve(label, token)
+
+    def reserve(self, label: str, token: Token) -> None:
+        """No two nodes have one name, those that calls stand for included."""
+        if self.inlined.create_node("placeholder", label, name=label).name != label:
+            self.at.fail(f"%{label} stands for two nodes, or may not be used as a name", token)
+
     def input(self) -> tuple[Input, fx.Node]:
         at = self.at
         at.advance()
@@ -142,7 +251,7 @@ class EntryParser:
         try:
             value = self.program.fake(kind)
         except Exception as problem:  # noqa: BLE001 - torch's own checks of sizes: any type
-            at.fail(f"no tensor has this type: {_first_line(problem)}", token)
+            at.fail(f"no tensor has this type: {first_line(problem)}", token)
         self.define(node, label, token)
         node.meta.update(kind=Kind.INPUT, name=name, val=value)
         return Input(name, low, high), node
@@ -162,151 +271,6 @@ class EntryParser:
         if not real and not (isinstance(low, int) and isinstance(high, int) and low >= -(2**63) and high < 2**64):
             at.fail("the range of an input of whole numbers is two whole numbers of 64 bits", token)
         return low, high
-
-    def label(self) -> tuple[str, Token]:
-        token = self.at.take("value", "a value (%name)")
-        return token.text[1:], token
-
-    def define(self, node: fx.Node, label: str, token: Token) -> None:
-        if label in self.values:
-            self.at.fail(f"%{label} is defined twice", token)
-        if node.name != label:
-            self.at.fail(f"%{label} may not be used as a name", token)
-        self.values[label] = node
-
-    def call(self) -> None:
-        at = self.at
-        label, token = self.label()
-        at.expect(":")
-        declared = self.types.type()
-        at.expect("=")
-        op_token = at.next
-        try:
-            target = find_op(at.take_word("an op"))
-        except KeyError:
-            at.fail(
-                f"no loaded library registers the op {op_token.text!r}",
-                op_token,
-                hint="if it is a custom op, import the library that registers it first",
-            )
-        args, kwargs = self.arguments()
-        problem = illegal(target, args, kwargs)
-        if problem:
-            at.fail(f"{op_token.text!r} {problem}", op_token)
-        node = self.graph.create_node("call_function", target, tuple(args), kwargs, name=label)
-        self.define(node, label, token)
-        if at.next.kind == "site":
-            site = at.advance()
-            node.meta["site"] = at.whole(site, site.text[1:])
-        if at.accept("by"):
-            node.meta["by"] = at.take_name("the name of a pass")
-        self.compute(node, declared, token, op_token)
-
-    def compute(self, node: fx.Node, declared: ValueType | None, token: Token, op_token: Token) -> None:
-        """The value of a call, whose type must be the declared one."""
-        at, label, names = self.at, node.name, self.program.names
-        try:
-            node.meta["val"] = recompute(self.program, node)
-            found = type_of(node.meta["val"])
-        except LaconicError as problem:
-            at.fail(f"{problem.what}: {problem.why}", op_token)
-        except TypeError as problem:
-            at.fail(f"%{label} computes {problem}, which is no value of a program", op_token)
-        if isinstance(found, NumberType) and _example(node.meta["val"]) >= MAX_SIZE:
-            at.fail(f"%{label} is a whole number of 2**62 or more", token)
-        # Values that depend on sizes and are no sizes are written as `float(?)`: alike in text is alike.
-        if not same_type(found, declared) and type_text(found, names) != type_text(declared, names):
-            at.fail(
-                f"%{label} is declared {type_text(declared, names)} but computes {type_text(found, names)}",
-                token,
-            )
-
-    def arguments(self) -> tuple[list[Any], dict[str, Any]]:
-        at = self.at
-        args: list[Any] = []
-        kwargs: dict[str, Any] = {}
-        at.expect("(")
-        while not at.peek(")"):
-            if at.next.kind == "word" and at.peek("=", ahead=1):
-                key = at.take_word()
-                if key in kwargs:
-                    at.fail(f"argument {key!r} is given twice")
-                at.expect("=")
-                kwargs[key] = self.value()
-            elif kwargs:
-                at.fail("positional arguments stand before named ones")
-            else:
-                args.append(self.value())
-            if not at.accept(","):
-                break
-        at.expect(")")
-        return args, kwargs
-
-    def value(self) -> Any:
-        at = self.at
-        token = at.next
-        if token.kind == "value":
-            label, _ = self.label()
-            if label not in self.values:
-                at.fail(f"%{label} is not defined above", token)
-            return self.values[label]
-        if token.kind == "row":
-            name = at.take_row()
-            if name not in self.rows:
-                at.fail(f"{name!r} is not declared", token)
-            return self.rows[name]
-        if token.kind == "string":
-            return at.take_string()
-        if at.accept("-"):
-            with at.nested():
-                number = self.value()
-            if isinstance(number, bool) or not isinstance(number, (int, float)):
-                at.fail("expected a number behind '-'", token)
-            return -number
-        if token.kind == "number":
-            at.advance()
-            return at.whole(token, token.text) if token.text.isdigit() else float(token.text)
-        if at.accept("["):
-            return self.sequence("]")[0]
-        if at.accept("("):
-            items, comma = self.sequence(")")
-            if len(items) == 1 and not comma:
-                at.fail("a tuple of one is written (x,)", token)
-            return tuple(items)
-        return self.word()
-
-    def sequence(self, close: str) -> tuple[list[Any], bool]:
-        """Items up to `close`, and whether a comma stood behind the last."""
-        items: list[Any] = []
-        comma = False
-        while not self.at.peek(close):
-            with self.at.nested():
-                items.append(self.value())
-            comma = self.at.accept(",")
-            if not comma:
-                break
-        self.at.expect(close)
-        return items, comma
-
-    def word(self) -> Any:
-        at = self.at
-        token = at.next
-        word = at.take_word("a value")
-        if word == "device" and at.accept("("):
-            text = at.take_string("a device")
-            at.expect(")")
-            try:
-                return torch.device(text)
-            except (RuntimeError, ValueError):
-                at.fail(f"{text!r} is no device", token)
-        if word == "complex" and at.accept("("):
-            items, _ = self.sequence(")")
-            if len(items) != 2 or not all(type(i) in (int, float) for i in items):
-                at.fail("a complex number has two parts, both numbers", token)
-            return complex(*items)
-        if word not in _WORDS:
-            at.fail(f"{word!r} is no value", token)
-        return _WORDS[word]
 
     def tree(self, values: list[Any], collect: bool = False) -> Tree:
         """A tree whose `%x` and `@x` leaves index `values`: found there, or appended in order if `collect`."""
@@ -347,13 +311,3 @@ class EntryParser:
         if not isinstance(value, CONSTANTS):
             at.fail("a tree holds values and plain constants", token)
         return value
-
-
-def _example(value: Any) -> float:
-    """How large a number is for the example's sizes; 0 for what only running the model can tell."""
-    number = value.node.hint if is_symbolic(value) else value
-    return abs(number) if isinstance(number, int) else 0
-
-
-def _first_line(problem: Exception) -> str:
-    return (str(problem).strip() or type(problem).__name__).splitlines()[0]

@@ -59,12 +59,47 @@ class Weight:
 class Alias:
     """Where the values of a name that is no longer a row went.
 
-    `target` is the row that holds them, None if nothing uses them any more. `rows` are the (start, stop) along axis 0
-    if they are a part of that row.
+    `target` is the row that holds them, None if they stand nowhere any more: nothing uses them, or a pass folded them
+    into a row that it made. `rows` and `columns` are the (start, stop) along axes 0 and 1 if they are a part of that
+    row; `transposed` says that they are that (matrix, or part of one) transposed.
     """
 
     target: str | None
     rows: tuple[int, int] | None = None
+    columns: tuple[int, int] | None = None
+    transposed: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether the values are the target's, as it is."""
+        return self.rows is None and self.columns is None and not self.transposed
+
+    def of(self, value: torch.Tensor) -> torch.Tensor:
+        """The view of the target's value that this alias is."""
+        if self.rows is not None:
+            value = value[self.rows[0] : self.rows[1]]
+        if self.columns is not None:
+            value = value[:, self.columns[0] : self.columns[1]]
+        return value.t() if self.transposed else value
+
+    def through(self, moved: Alias) -> Alias:
+        """This alias once its target's values went where `moved` says."""
+        if moved.target is None:
+            return moved
+        rows, columns = (self.columns, self.rows) if moved.transposed else (self.rows, self.columns)
+        return Alias(
+            moved.target,
+            _window(moved.rows, rows),
+            _window(moved.columns, columns),
+            self.transposed != moved.transposed,
+        )
+
+
+def _window(outer: tuple[int, int] | None, inner: tuple[int, int] | None) -> tuple[int, int] | None:
+    """A part of a part."""
+    if outer is None or inner is None:
+        return outer or inner
+    return (outer[0] + inner[0], outer[0] + inner[1])
 
 
 @dataclass(frozen=True)
@@ -158,12 +193,36 @@ class Entry:
         return replace(self, graph=copy_graph(self.graph), inputs=list(self.inputs), outputs=list(self.outputs))
 
 
+@dataclass(frozen=True)
+class Function:
+    """A block that entries call by its name: what is said several times, said once.
+
+    The placeholders of `graph` are its slots, in order; the output node holds a tuple of results. A call is a
+    `call_module` node whose target is the function's name; each result is read from it by `operator.getitem`. Its
+    `meta["labels"]` has the (name, site) of every node of the body as they are in that repeat.
+    """
+
+    name: str
+    graph: fx.Graph
+
+    def slots(self) -> list[fx.Node]:
+        return [n for n in self.graph.nodes if n.op == "placeholder"]
+
+    def calls(self) -> list[fx.Node]:
+        return [n for n in self.graph.nodes if n.op == "call_function"]
+
+    @property
+    def results(self) -> tuple[fx.Node, ...]:
+        return tuple(next(iter(reversed(self.graph.nodes))).args[0])
+
+
 @dataclass
 class Program:
     """Named entries over one table of weights and states.
 
     `examples` (flat inputs of the entry `forward`) are the user's data: kept in memory for checks, never written.
-    `facts` are plain data about the captured model.
+    `facts` are plain data about the captured model. `functions` are there only in an outlined program
+    (`laconic.ir.outline`), which is printed, saved and compiled; passes are given it inlined.
     """
 
     entries: dict[str, Entry]
@@ -173,6 +232,7 @@ class Program:
     aliases: dict[str, Alias] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     examples: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
+    functions: dict[str, Function] = field(default_factory=dict)
     mode: FakeTensorMode = field(default_factory=fake_mode)
 
     @property
@@ -215,8 +275,7 @@ class Program:
         alias = self.aliases[name]
         if alias.target is None:
             return None
-        value = self.weights[alias.target].value
-        return value[alias.rows[0] : alias.rows[1]] if alias.rows else value
+        return alias.of(self.weights[alias.target].value)
 
     def site(self, node: fx.Node) -> Site | None:
         return self.sites.get(node.meta.get("site", -1))

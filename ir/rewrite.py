@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import fx
 
 from laconic.ir.program import Alias, Entry, Kind, Program, Weight
@@ -44,9 +46,8 @@ def substitute(entry: Entry, pairs: Mapping[str, str]) -> None:
         entry.graph.erase_node(nodes[old])
 
 
-def inline_literal(entry: Entry, name: str, literal: Any) -> None:
-    """Let a Python number stand for the node `name` in all its users, and remove it."""
-    node = find(entry, name)
+def inline_literal(entry: Entry, node: fx.Node, literal: Any) -> None:
+    """Let a Python number stand for a node in all its users, and remove it."""
     for user in list(node.users):
         user.args = fx.node.map_arg(user.args, lambda n: literal if n is node else n)
         user.kwargs = fx.node.map_arg(user.kwargs, lambda n: literal if n is node else n)
@@ -62,29 +63,64 @@ def insert_call(
     *,
     by: str,
     like: fx.Node,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> fx.Node:
     """A new call in front of `before`, with its type computed, made by pass `by` at the site of `like`."""
+    site = like.meta.get("site")
+    stem = str(getattr(target, "__name__", "call")).partition(".")[0]
     with entry.graph.inserting_before(before):
-        node = entry.graph.call_function(target, args)
-    if "site" in like.meta:
-        node.meta["site"] = like.meta["site"]
+        name = None if site is None else site_name(stem, site)
+        node = entry.graph.create_node("call_function", target, args, dict(kwargs or {}), name=name)
+    if site is not None:
+        node.meta["site"] = site
     node.meta["by"] = by
     node.meta["val"] = recompute(program, node)
     return node
 
 
-def weight_node(program: Program, entry: Entry, name: str) -> fx.Node:
-    """The entry's placeholder of a row of the weight table, made if it has none."""
-    existing = entry.weight_nodes().get(name)
-    if existing is not None:
-        return existing
+def set_argument(node: fx.Node, name: str, value: Any, *, by: str) -> None:
+    """Give a call another value for the argument with this schema name; `by` is the pass that did.
+
+    Its type must not change by that. Raises KeyError if the op has no such argument.
+    """
+    target = node.target
+    assert isinstance(target, torch._ops.OpOverload)
+    declared = {a.name: (k, a) for k, a in enumerate(target._schema.arguments)}
+    position, argument = declared[name]
+    args, kwargs = list(node.args), dict(node.kwargs)
+    kwargs.pop(name, None)
+    if position < len(args):
+        args[position] = value
+    elif value is not argument.default_value:
+        if position == len(args) and not argument.kwarg_only:
+            args.append(value)
+        else:
+            kwargs[name] = value
+    node.args, node.kwargs = tuple(args), kwargs
+    node.meta["by"] = by
+
+
+def weight_node(program: Program, entry: Entry, name: str, known: dict[str, fx.Node] | None = None) -> fx.Node:
+    """The entry's placeholder of a row of the weight table, made if it has none.
+
+    `known` is `entry.weight_nodes()`, kept up to date here, for who asks for many.
+    """
+    known = entry.weight_nodes() if known is None else known
+    if name in known:
+        return known[name]
     weight = program.weights[name]
     first = next(iter(entry.graph.nodes))
     with entry.graph.inserting_before(first):
         node = entry.graph.create_node("placeholder", placeholder_name(name), name=placeholder_name(name))
     node.target = node.name
     node.meta.update(kind=weight.kind, name=name, val=fake_weight(program, weight))
+    known[name] = node
     return node
+
+
+def site_name(stem: str, site: int) -> str:
+    """The name of a node at a site: repeats of one block then have names that differ as their sites do."""
+    return f"{stem.rstrip('0123456789').rstrip('_') or stem}_{site}"
 
 
 def placeholder_name(name: str) -> str:
@@ -108,19 +144,26 @@ def add_constant(program: Program, name: str, value: Any) -> str:
 
 def drop_weight(program: Program, name: str, alias: Alias) -> None:
     """Remove a row that no entry uses, noting where its values went. Aliases that named it follow."""
+    drop_weights(program, {name: alias})
+
+
+def drop_weights(program: Program, gone: Mapping[str, Alias]) -> None:
+    """Remove rows that no entry uses, one after another, noting where their values went. Aliases that named them
+    follow; a row may go to one that is removed after it."""
     for entry in program.entries.values():
-        node = entry.weight_nodes().get(name)
-        if node is not None:
-            entry.graph.erase_node(node)
-    del program.weights[name]
-    program.aliases[name] = alias
-    for other, old in list(program.aliases.items()):
-        if old.target == name:
-            rows = old.rows
-            if alias.rows is not None:
-                start = alias.rows[0]
-                rows = (start + rows[0], start + rows[1]) if rows else alias.rows
-            program.aliases[other] = Alias(alias.target, rows if alias.target else None)
+        for name, node in entry.weight_nodes().items():
+            if name in gone:
+                entry.graph.erase_node(node)
+    of_target: dict[str | None, list[str]] = defaultdict(list)
+    for name, alias in program.aliases.items():
+        of_target[alias.target].append(name)
+    for name, alias in gone.items():
+        del program.weights[name]
+        program.aliases[name] = alias
+        followers = of_target.pop(name, [])
+        for other in followers:
+            program.aliases[other] = program.aliases[other].through(alias)
+        of_target[alias.target] += [*followers, name]
 
 
 def dead_nodes(entry: Entry) -> list[fx.Node]:

@@ -1,7 +1,8 @@
 """The text form: a program written for people, and for the parser in `laconic.ir.parse`.
 
 One line a fact, weight, input or node; `%x` is a value, `@name` a row of the weight table, `!3` the site. Types stand
-behind every name; values of weights do not stand in the text. The grammar is in `docs/text-form.md`.
+behind every name; values of weights do not stand in the text. An outlined program has functions and calls of them. The
+grammar is in `docs/text-form.md`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from laconic.ir.program import Alias, Entry, Kind, Program, Role, Weight
+from laconic.ir.outline import Label, label_of, reads_call, results_of, shift_of
+from laconic.ir.program import Alias, Entry, Function, Kind, Program, Role, Weight
 from laconic.ir.traits import op_name
 from laconic.ir.tree import Leaf, Tree
 from laconic.ir.types import DTYPE_NAMES, name_text, type_text, value_text
@@ -44,8 +46,10 @@ def print_program(program: Program) -> str:
     for symbol in program.symbols.values():
         high = "inf" if symbol.high is None else symbol.high
         lines.append(f"size {name_text(symbol.name)} in [{symbol.low}, {high}] like {symbol.hint}")
-    lines += [_weight(w, names) for w in program.weights.values()]
-    lines += [f"alias {reference(name)} = {_alias(alias)}" for name, alias in program.aliases.items()]
+    lines += [weight_text(w, names) for w in program.weights.values()]
+    lines += [f"alias {reference(name)} = {alias_text(alias)}" for name, alias in program.aliases.items()]
+    for function in program.functions.values():
+        lines += ["", *_function(program, function)]
     for entry in program.entries.values():
         lines += ["", *_entry(program, entry)]
     lines += ["", *_sites(program)]
@@ -72,7 +76,7 @@ def print_node(node: fx.Node, names: dict[str, str] | None = None) -> str:
 def value(argument: Any) -> str:
     """An argument, result or constant as text."""
     if isinstance(argument, fx.Node):
-        is_row = argument.op == "placeholder" and argument.meta["kind"] != Kind.INPUT
+        is_row = argument.op == "placeholder" and argument.meta.get("kind", Kind.INPUT) != Kind.INPUT
         return reference(argument.meta["name"]) if is_row else f"%{argument.name}"
     if argument is None or isinstance(argument, (bool, int)):
         return repr(argument)
@@ -99,16 +103,37 @@ def _inf(number: float) -> str:
     return "inf" if number > 0 else "-inf"
 
 
-def _weight(weight: Weight, names: dict[str, str]) -> str:
+def weight_text(weight: Weight, names: dict[str, str]) -> str:
     line = f"{weight.kind} {reference(weight.name)}: {value_text(weight.value, names)}"
     return line + (" trainable" if weight.trainable else "") + ("" if weight.persistent else " transient")
 
 
-def _alias(alias: Alias) -> str:
+def alias_text(alias: Alias) -> str:
     if alias.target is None:
         return "none"
-    rows = f"[{alias.rows[0]}:{alias.rows[1]}]" if alias.rows else ""
-    return reference(alias.target) + rows
+    windows = [":" if w is None else f"{w[0]}:{w[1]}" for w in (alias.rows, alias.columns)]
+    part = ", ".join(windows[: 2 if alias.columns else 1 if alias.rows else 0])
+    return ("transpose " if alias.transposed else "") + reference(alias.target) + (f"[{part}]" if part else "")
+
+
+def _function(program: Program, function: Function) -> list[str]:
+    names = program.names
+    lines = [f"function {name_text(function.name)} {{"]
+    lines += [f"  slot %{slot.name}: {value_text(slot.meta['val'], names)}" for slot in function.slots()]
+    lines += [f"  {print_node(node, names)}" for node in function.calls()]
+    return [*lines, f"  return {value(function.results)}", "}"]
+
+
+def _call(program: Program, call: fx.Node) -> str:
+    """A call of a function: what its results are called, and how the sites and names of its nodes follow."""
+    results = [f"%{node.name}: {value_text(node.meta['val'], program.names)}" for node in results_of(call)]
+    operands = ", ".join(value(operand) for operand in call.args)
+    line = f"{', '.join(results)} = call {name_text(str(call.target))}({operands})"
+    labels: tuple[Label, ...] = call.meta["labels"]
+    shift = shift_of([label_of(node) for node in program.functions[str(call.target)].calls()], labels)
+    if shift is not None:
+        return f"{line} !{shift:+}"
+    return f"{line} as [{', '.join(f'%{name}' + ('' if site is None else f' !{site}') for name, site in labels)}]"
 
 
 def _entry(program: Program, entry: Entry) -> list[str]:
@@ -122,8 +147,12 @@ def _entry(program: Program, entry: Entry) -> list[str]:
             + (f" named {json.dumps(declared.name)}" if declared.name != node.name else "")
         )
     for name, tree in entry.arguments.items():
-        lines.append(f"  argument {name_text(name)} = {_tree(tree, list(nodes))}")
-    lines += [f"  {print_node(node, names)}" for node in entry.calls()]
+        lines.append(f"  argument {name_text(name)} = {tree_text(tree, list(nodes))}")
+    for node in entry.graph.nodes:
+        if node.op == "call_module":
+            lines.append(f"  {_call(program, node)}")
+        elif node.op == "call_function" and not reads_call(node):
+            lines.append(f"  {print_node(node, names)}")
     results = []
     for output, given in zip(entry.outputs, entry.output_values, strict=True):
         if output.role is Role.RESULT:
@@ -132,19 +161,19 @@ def _entry(program: Program, entry: Entry) -> list[str]:
         target = reference(output.name) if output.role is Role.UPDATE else json.dumps(output.name)
         seen = " seen " + ", ".join(map(json.dumps, output.seen)) if output.seen else ""
         lines.append(f"  update {target} = {value(given)}{seen}")
-    lines.append(f"  return {_tree(entry.results, results)}")
+    lines.append(f"  return {tree_text(entry.results, results)}")
     return [*lines, "}"]
 
 
-def _tree(tree: Tree, values: list[Any]) -> str:
+def tree_text(tree: Tree, values: list[Any]) -> str:
     if isinstance(tree, Leaf):
         return value(values[tree.index])
     if isinstance(tree, dict):
-        return "{" + ", ".join(f"{json.dumps(k)}: {_tree(v, values)}" for k, v in tree.items()) + "}"
+        return "{" + ", ".join(f"{json.dumps(k)}: {tree_text(v, values)}" for k, v in tree.items()) + "}"
     if isinstance(tree, list):
-        return "[" + ", ".join(_tree(v, values) for v in tree) + "]"
+        return "[" + ", ".join(tree_text(v, values) for v in tree) + "]"
     if isinstance(tree, tuple):
-        return "(" + ", ".join(_tree(v, values) for v in tree) + ("," if len(tree) == 1 else "") + ")"
+        return "(" + ", ".join(tree_text(v, values) for v in tree) + ("," if len(tree) == 1 else "") + ")"
     return value(tree)
 
 

@@ -8,7 +8,7 @@ and types from the changed nodes on. What changed is found by comparing the two;
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,8 +17,9 @@ from torch import fx
 
 from laconic.ir.alias import boundary
 from laconic.ir.errors import VerificationError
-from laconic.ir.program import Entry, Kind, Program, Role, Weight
-from laconic.ir.propagate import recompute
+from laconic.ir.outline import results_of
+from laconic.ir.program import Alias, Entry, Function, Kind, Program, Role, Weight
+from laconic.ir.propagate import computed_types
 from laconic.ir.signature import signature
 from laconic.ir.torch_private import guards
 from laconic.ir.traits import PYTHON_NAMES
@@ -30,12 +31,16 @@ _FORBIDDEN = {
     torch.ops.aten.view.default: "views are written as reshape: layout is not semantics",
     torch.ops.aten._unsafe_view.default: "views are written as reshape: layout is not semantics",
     torch.ops.aten._assert_tensor_metadata.default: "a recorded fact about a tensor's type goes stale",
+    torch.ops.aten.from_file.default: "it opens a file, and may make one",
+    torch.ops.aten.save.default: "it writes a file",
 }
 
 
 def verify(program: Program) -> None:
     """Check the whole program. Raises VerificationError at the first broken rule."""
     verify_sizes(program)
+    for function in program.functions.values():
+        _function(program, function)
     for entry in program.entries.values():
         _structure(program, entry)
         _types(program, entry.calls())
@@ -108,17 +113,10 @@ def verify_sizes(program: Program) -> None:
 
 def _structure(program: Program, entry: Entry) -> None:
     """Topological order, node kinds, legality, placeholders and outputs as declared."""
-    seen: set[fx.Node] = set()
     named: dict[tuple[bool, str], fx.Node] = {}
     output = None
+    _order(program, entry.graph)
     for node in entry.graph.nodes:
-        for operand in node.all_input_nodes:
-            if operand not in seen:
-                raise VerificationError(
-                    f"%{node.name} uses %{operand.name}, which does not stand before it",
-                    where=program.describe(node),
-                )
-        seen.add(node)
         if node.op == "placeholder":
             key = (node.meta.get("kind") == Kind.INPUT, str(node.meta.get("name")))
             if node.meta.get("kind") not in tuple(Kind) or key in named:
@@ -126,6 +124,8 @@ def _structure(program: Program, entry: Entry) -> None:
             named[key] = node
         elif node.op == "call_function":
             _legal(program, node)
+        elif node.op == "call_module":
+            _function_call(program, node)
         elif node.op == "output":
             output = node
         else:
@@ -142,6 +142,49 @@ def _structure(program: Program, entry: Entry) -> None:
     if paths != [o.name for o in entry.outputs if o.role is Role.RESULT]:
         what = f"entry {entry.name!r} names its results otherwise than their tree"
         raise VerificationError(what, why=f"tree: {paths}")
+
+
+def _order(program: Program, graph: fx.Graph) -> None:
+    """Every operand stands before who uses it."""
+    seen: set[fx.Node] = set()
+    for node in graph.nodes:
+        for operand in node.all_input_nodes:
+            if operand not in seen:
+                raise VerificationError(
+                    f"%{node.name} uses %{operand.name}, which does not stand before it",
+                    where=program.describe(node),
+                )
+        seen.add(node)
+
+
+def _function(program: Program, function: Function) -> None:
+    """A function of an outlined program: order, legality and types of what it says."""
+    _order(program, function.graph)
+    for node in function.graph.nodes:
+        if node.op == "call_function":
+            _legal(program, node)
+        elif node.op not in ("placeholder", "output"):
+            raise VerificationError(f"%{node.name} in function {function.name!r} is a {node.op}")
+    _types(program, function.calls())
+
+
+def _function_call(program: Program, call: fx.Node) -> None:
+    """A call of a function is given what its slots are, and gives what its results are."""
+    function = program.functions.get(str(call.target))
+    if function is None:
+        raise VerificationError(f"there is no function {call.target!r}", where=program.describe(call))
+    pairs: list[tuple[Sequence[Any], Sequence[Any]]] = [
+        (function.slots(), call.args),
+        (function.results, results_of(call)),
+    ]
+    for said, given in pairs:
+        if len(said) != len(given):
+            raise VerificationError(f"a call of {function.name!r} has {len(given)} values for {len(said)}")
+        for slot, value in zip(said, given, strict=True):
+            if not same_type(type_of(slot.meta["val"]), type_of(value.meta["val"])):
+                raise VerificationError(f"%{slot.name} of function {function.name!r} is given another type")
+    if len(call.meta["labels"]) != len(function.calls()):
+        raise VerificationError(f"a call of {function.name!r} names {len(call.meta['labels'])} nodes")
 
 
 def _legal(program: Program, node: fx.Node) -> None:
@@ -163,8 +206,8 @@ def _legal(program: Program, node: fx.Node) -> None:
 
 def _types(program: Program, nodes: Iterable[fx.Node]) -> None:
     names = program.names
-    for node in nodes:
-        expected, found = type_of(recompute(program, node)), type_of(node.meta["val"])
+    for node, expected in computed_types(program, nodes):
+        found = type_of(node.meta["val"])
         if not same_type(expected, found):
             raise VerificationError(
                 f"%{node.name} is recorded as {type_text(found, names)} but computes {type_text(expected, names)}",
@@ -248,8 +291,20 @@ def _interface(before: Program, after: Program) -> None:
         if name not in before.aliases and name not in before.weights:
             raise VerificationError(f"the alias {name!r} gives a name that the model never had")
     for name, made in after.weights.items():
-        if name not in before.weights and made.kind is not Kind.CONSTANT:
-            raise VerificationError(f"the new row {name!r} is a {made.kind}: a pass makes constants only")
+        if name not in before.weights and made.kind is not Kind.CONSTANT and not _moved(before, after, made):
+            raise VerificationError(
+                f"the new row {name!r} is a {made.kind}: a pass makes constants only",
+                why="no weight that was there before is said to lie there, transposed",
+            )
+
+
+def _moved(before: Program, after: Program, made: Weight) -> bool:
+    """Whether a new row is an old one in another layout: all of it, under another name and treated alike."""
+    transposed = Alias(made.name, transposed=True)
+    return any(
+        after.aliases.get(name) == transposed and replace(made, name=name, value=old.value) == old
+        for name, old in before.weights.items()
+    )
 
 
 def _training(weight: Weight) -> tuple[bool, bool, bool]:

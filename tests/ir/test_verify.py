@@ -69,7 +69,8 @@ def _view(p: Program) -> None:
 
 
 def _module_call(p: Program) -> None:
-    _node(p, "c").op = "call_module"
+    node = _node(p, "c")
+    node.op, node.target = "call_module", "block_9"
 
 
 def _no_type(p: Program) -> None:
@@ -120,7 +121,7 @@ _BROKEN: dict[Callable[[Program], None], str] = {
     _order: "%t uses %a, which does not stand before it",
     _in_place: "writes into an operand",
     _view: "aten.view.default is not allowed here",
-    _module_call: "%c is a call_module",
+    _module_call: "there is no function 'block_9'",
     _no_type: "%c has no recorded type",
     _two_names: "a second one has its name",
     _lost_row: "uses 'b', which the weight table lacks",

@@ -14,6 +14,7 @@ import torch
 from helpers import apart, bits, own_values, tensors_in
 from laconic.ir.capture import capture_module
 from laconic.ir.errors import UnsupportedError
+from laconic.ir.outline import inline, outline
 from laconic.ir.parse import parse_program
 from laconic.ir.program import Program
 from laconic.ir.run import Runnable
@@ -71,15 +72,21 @@ def same_as_module(module: RandomModule, program: Program, dynamic: Any, seed: i
         assert in_program(program, inputs) == in_eager(module, inputs), f"seed {seed}, batch {batch}"
 
 
-def text_returns(program: Program, seed: int) -> Program:
-    """The text parses back to a program with the same text and the same bits."""
-    text = str(program)
-    parsed = parse_program(text, own_values(program))
-    verify(parsed)
-    assert str(parsed) == text
+def text_returns(program: Program, seed: int) -> int:
+    """The text, flat and outlined, parses back to a program with the same text and the same bits. How many functions
+    the outlined one has."""
+    outlined = outline(program, lambda repeat: True)
+    for said in (program, outlined):
+        text = str(said)
+        parsed = parse_program(text, own_values(program))
+        verify(parsed)
+        assert str(parsed) == text
+    inlined = inline(parsed)
+    verify(inlined)
+    assert str(inlined) == str(program)
     inputs = list(example_inputs(3, seed))
-    assert in_program(parsed, inputs) == in_program(program, inputs)
-    return parsed
+    assert in_program(inlined, inputs) == in_program(program, inputs)
+    return len(outlined.functions)
 
 
 def writable(tensor: torch.Tensor) -> bool:
@@ -118,10 +125,10 @@ def run_seed(seed: int) -> Counter[str] | None:
     same_as_module(module, run.program, dynamic, seed)
     again = PassManager(preset).run(run.program).ledger
     assert not [row.spec for row in again.rows if row.modified], f"seed {seed}: {again.rows}"
-    text_returns(captured, seed)
+    functions = text_returns(captured, seed)
     text_returns(run.program, seed)
     assert observed(run.program, seed) == observed(captured, seed), f"seed {seed}: sharing seen from outside"
-    return Counter(row.name for row in run.ledger.rows if row.modified)
+    return Counter([*(row.name for row in run.ledger.rows if row.modified), *["outline"] * bool(functions)])
 
 
 def run_seeds(seeds: range) -> None:
@@ -135,6 +142,7 @@ def run_seeds(seeds: range) -> None:
             else:
                 fired.update(found)
     assert len(refused) < 0.05 * len(seeds), f"torch.export refuses {refused}"
+    assert fired["outline"] >= 0.1 * len(seeds), f"few programs have functions: {fired}"
     for name in PASSES:
         assert fired[name] >= 0.2 * len(seeds), f"{name} fires on {fired[name]} of {len(seeds)}: {fired}"
         assert fired[name] <= 0.9 * len(seeds), f"{name} fires nearly always: {fired}"

@@ -181,11 +181,12 @@ def dce_removes_an_update(patch: pytest.MonkeyPatch) -> None:
 
 
 def dce_forgets_names(patch: pytest.MonkeyPatch) -> None:
-    def drop(program: Program, name: str, alias: Any) -> None:
-        rewrite.drop_weight(program, name, alias)
-        del program.aliases[name]
+    def drop(program: Program, gone: Any) -> None:
+        rewrite.drop_weights(program, gone)
+        for name in gone:
+            del program.aliases[name]
 
-    patch.setattr(dce, "drop_weight", drop)
+    patch.setattr(dce, "drop_weights", drop)
 
 
 class _NoState:
