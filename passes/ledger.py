@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from laconic.ir.cost import flops_at
 from laconic.ir.program import Program
 
 SCHEMA = 1
@@ -29,7 +30,8 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Row:
-    """One pass: what it was, whether it changed the program, why or why not, and the sizes after it."""
+    """One pass: what it was, whether it changed the program, why or why not, and the sizes after it. `skipped`: it was
+    in the pipeline and was kept from running."""
 
     name: str
     spec: str
@@ -39,6 +41,7 @@ class Row:
     seconds: float
     after: Sizes
     actions: int = 0
+    skipped: bool = False
 
 
 @dataclass
@@ -78,4 +81,5 @@ class Ledger:
 
 
 def measure(program: Program, max_abs: float | None) -> Sizes:
-    return Sizes(nodes=program.node_count(), weight_bytes=program.weight_bytes(), max_abs=max_abs)
+    """A program's sizes; FLOPs are those of one call of each entry at the captured example's sizes."""
+    return Sizes(program.node_count(), program.weight_bytes(), flops_at(program), max_abs=max_abs)

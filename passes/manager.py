@@ -7,16 +7,18 @@ as the pass's contract says. The first failure stops the run with the pass, its 
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import ParamSpec, TypeVar
 
 import torch
 
 from laconic.ir.errors import LaconicError, UsageError, VerificationError
 from laconic.ir.inputs import Case, cases
 from laconic.ir.outcomes import Outcomes
+from laconic.ir.outline import inline
 from laconic.ir.program import Program
 from laconic.ir.signature import checksum, fingerprint
 from laconic.ir.verify import verify, verify_rewrite, verify_sizes
@@ -25,17 +27,42 @@ from laconic.passes.contracts import check, check_weights, distance
 from laconic.passes.ledger import Ledger, Row, measure
 from laconic.passes.pipeline import print_pipeline
 
-log = logging.getLogger(__name__)
+P = ParamSpec("P")
+T = TypeVar("T")
+Fingerprint = Hashable
+
+
+class Phase(StrEnum):
+    """What the manager spends time on: a pass's own two steps, and the two ways of holding it to its word."""
+
+    PLAN = "plan"
+    APPLY = "apply"
+    VERIFY = "verify"
+    CHECK = "check"
 
 
 class Instrument:
-    """Observes a run; subclasses override what they need (progress, timing, dumps)."""
+    """Observes a run, and may keep passes from running; subclasses override what they need.
+
+    A run is: `started`; for each pass `should_run`, then `skipped_pass`, or `before_pass` and one of `after_pass` and
+    `failed_pass`; `finished`. `spent` comes in between, and before the first pass for the captured program.
+    """
 
     def started(self, program: Program, passes: Sequence[Pass]) -> None: ...
 
+    def should_run(self, position: int, item: Pass) -> str | None:
+        """Why this pass is not to run, or None. The first instrument that names a reason is the last one asked."""
+
+    def skipped_pass(self, position: int, item: Pass, reason: str) -> None: ...
+
     def before_pass(self, position: int, item: Pass, program: Program) -> None: ...
 
+    def spent(self, phase: Phase, seconds: float) -> None: ...
+
     def after_pass(self, position: int, item: Pass, result: PassResult) -> None: ...
+
+    def failed_pass(self, position: int, item: Pass, problem: LaconicError) -> str | None:
+        """What the user can do next, for the error message, or None."""
 
     def finished(self, program: Program, ledger: Ledger) -> None: ...
 
@@ -67,6 +94,16 @@ class Run:
 
 
 @dataclass
+class _State:
+    """A run under way, and what is known of its program: its fingerprint, and its outcomes beside the captured ones."""
+
+    run: Run
+    fingerprint: Fingerprint
+    captured: Outcomes | None
+    known: Outcomes | None
+
+
+@dataclass
 class PassManager:
     """A pipeline ready to run. `verify_each` and `check_contracts` are on unless switched off for speed; what they did
     not see is not called verified."""
@@ -77,66 +114,82 @@ class PassManager:
     instruments: Sequence[Instrument] = ()
 
     def run(self, program: Program, inputs: Sequence[Case] | None = None) -> Run:
-        """Run all passes on `program`, which is left as it is.
+        """Run all passes on `program`, inlined; it is left as it is.
 
         Contracts are checked on `inputs`, else on the captured examples and drawn ones at other sizes. Raises
         VerificationError if a pass breaks a rule or its contract.
         """
         self._refuse_unmet_needs()
+        program = inline(program)
         for instrument in self.instruments:
             instrument.started(program, self.passes)
-        verify(program)
-        captured = Outcomes.of(program, inputs or cases(program, program.forward)) if self.check_contracts else None
+        self._timed(Phase.VERIFY, verify, program)
+        captured = None
+        if self.check_contracts:
+            chosen = inputs or cases(program, program.forward)
+            captured = self._timed(Phase.CHECK, Outcomes.of, program, chosen)
         model = str(program.facts.get("model", "program"))
         ledger = Ledger(model, print_pipeline(self.passes), measure(program, 0.0 if captured else None))
-        run, known = Run(program, ledger), captured
+        state = _State(Run(program, ledger), fingerprint(program), captured, captured)
         if self.verify_each:
-            run.contents.hold(program)
+            self._timed(Phase.VERIFY, state.run.contents.hold, program)
         for position, item in enumerate(self.passes):
-            known = self._step(run, position, item, captured, known)
+            reason = self._reason_to_skip(position, item)
+            if reason is None:
+                self._step(state, position, item)
+            else:
+                self._skip(state.run, position, item, reason)
         ledger.verified = self.verify_each and self.check_contracts
         ledger.checked = [str(case) for case in captured.cases] if captured else []
         for instrument in self.instruments:
-            instrument.finished(run.program, ledger)
-        return run
+            instrument.finished(state.run.program, ledger)
+        return state.run
 
     def _refuse_unmet_needs(self) -> None:
         for item in self.passes:
             if item.needs is not Needs.NOTHING:
                 raise UsageError(f"the pass {item.spec!r} needs {item.needs}, which nothing provides yet")
 
-    def _step(
-        self, run: Run, position: int, item: Pass, captured: Outcomes | None, known: Outcomes | None
-    ) -> Outcomes | None:
-        """One pass: plan, apply, verify, check, record. Returns the outcomes after it."""
-        for instrument in self.instruments:
-            instrument.before_pass(position, item, run.program)
-        before, print_before = run.program, fingerprint(run.program)
+    def _timed(self, phase: Phase, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Do the work and tell the instruments how long it took, whether it failed or not."""
         start = time.perf_counter()
         try:
-            plan = item.plan(before)
-            result = item.apply(before, plan)
+            return work(*args, **kwargs)
+        finally:
             seconds = time.perf_counter() - start
-            if fingerprint(before) != print_before:
-                raise VerificationError("it wrote into the program it was given, or into a weight in place")
-            if self.verify_each:
-                run.contents.hold(before)
-                verify_sizes(before)
-                if result.program is not before:
-                    verify_rewrite(before, result.program)
-                    check_weights(item.contract, before, result.program)
-            _check_modified(result, print_before)
-            after = known
-            if known is not None and captured is not None and result.modified:
-                after = Outcomes.of(result.program, captured.cases)
-                _check_cases(captured, after)
-                check(item.contract, before, known, after)
+            for instrument in self.instruments:
+                instrument.spent(phase, seconds)
+
+    def _reason_to_skip(self, position: int, item: Pass) -> str | None:
+        reasons = (instrument.should_run(position, item) for instrument in self.instruments)
+        return next((reason for reason in reasons if reason is not None), None)
+
+    def _skip(self, run: Run, position: int, item: Pass, reason: str) -> None:
+        said = f"skipped: {reason}"
+        run.ledger.rows.append(
+            Row(item.name, item.spec, item.contract, False, said, 0.0, run.ledger.after, skipped=True)
+        )
+        run.plans.append(Plan(item.spec, reason=said))
+        for instrument in self.instruments:
+            instrument.skipped_pass(position, item, reason)
+
+    def _step(self, state: _State, position: int, item: Pass) -> None:
+        """One pass: plan, apply, verify, check, record."""
+        run = state.run
+        for instrument in self.instruments:
+            instrument.before_pass(position, item, run.program)
+        start = time.perf_counter()
+        try:
+            plan = self._timed(Phase.PLAN, item.plan, run.program)
+            result = self._timed(Phase.APPLY, item.apply, run.program, plan)
+            seconds = time.perf_counter() - start
+            self._timed(Phase.VERIFY, self._verify, state, item, result)
+            gap = self._timed(Phase.CHECK, self._check, state, item, result)
         except LaconicError as problem:
             raise self._blame(problem, position, item, run) from problem
         except Exception as problem:  # a pass that crashes, or leaves what cannot be printed or run
             crash = VerificationError(f"{type(problem).__name__}: {problem}")
             raise self._blame(crash, position, item, run) from problem
-        gap = distance(captured, after) if captured is not None and after is not None else None
         sizes = measure(result.program, gap)
         run.ledger.rows.append(
             Row(item.name, item.spec, item.contract, result.modified, result.reason, seconds, sizes, result.actions)
@@ -145,11 +198,38 @@ class PassManager:
         run.plans.append(plan)
         for instrument in self.instruments:
             instrument.after_pass(position, item, result)
-        return after
+
+    def _verify(self, state: _State, item: Pass, result: PassResult) -> None:
+        """Hold the pass to the rules: it left alone what it was given, and made a program of the same interface."""
+        before = state.run.program
+        if fingerprint(before) != state.fingerprint:
+            raise VerificationError("it wrote into the program it was given, or into a weight in place")
+        if self.verify_each:
+            state.run.contents.hold(before)
+            verify_sizes(before)
+            if result.program is not before:
+                verify_rewrite(before, result.program)
+                check_weights(item.contract, before, result.program)
+        state.fingerprint = _check_modified(result, before, state.fingerprint)
+
+    def _check(self, state: _State, item: Pass, result: PassResult) -> float | None:
+        """Hold the pass to its contract. Returns the distance from the captured program, None if nothing is checked."""
+        if state.captured is None or state.known is None:
+            return None
+        if result.modified:
+            after = Outcomes.of(result.program, state.captured.cases)
+            _check_cases(state.captured, after)
+            check(item.contract, state.run.program, state.known, after, result.program)
+            state.known = after
+        return distance(state.captured, state.known)
 
     def _blame(self, problem: LaconicError, position: int, item: Pass, run: Run) -> LaconicError:
-        ran = ", ".join(row.spec for row in run.ledger.rows) or "nothing"
+        ran = ", ".join(row.spec for row in run.ledger.rows if not row.skipped) or "nothing"
         others = print_pipeline([p for k, p in enumerate(self.passes) if k != position])
+        hints = [f"to go on without it: -p '{others or 'none'}'"]
+        for instrument in self.instruments:
+            hint = instrument.failed_pass(position, item, problem)
+            hints += [hint] if hint else []
         blamed = type(problem) if not isinstance(problem, UsageError) else VerificationError
         where = f"pass {position + 1} of {len(self.passes)}, after {ran}"
         if blamed.__init__ is not LaconicError.__init__:
@@ -158,7 +238,7 @@ class PassManager:
             f"the pass {item.spec!r} failed: {problem.what}",
             where=f"{where}; {problem.where}" if problem.where else where,
             why=problem.why,
-            hint=f"to go on without it: -p '{others or 'none'}'",
+            hint="\n".join(hints),
         )
 
 
@@ -169,8 +249,10 @@ def _check_cases(captured: Outcomes, now: Outcomes) -> None:
             raise VerificationError("the rewritten program does not run any more", where=str(case))
 
 
-def _check_modified(result: PassResult, print_before: object) -> None:
-    changed = fingerprint(result.program) != print_before
+def _check_modified(result: PassResult, before: Program, known: Fingerprint) -> Fingerprint:
+    """Compare `modified` with what happened, given the fingerprint of `before`. Returns that of the result."""
+    now = known if result.program is before else fingerprint(result.program)
+    changed = now != known
     if changed != result.modified:
         said = "modified" if result.modified else "unmodified"
         raise VerificationError(
@@ -179,3 +261,4 @@ def _check_modified(result: PassResult, print_before: object) -> None:
         )
     if not changed and not result.reason:
         raise VerificationError("it changed nothing and does not say why")
+    return now

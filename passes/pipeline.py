@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from typing import Any, NoReturn, get_type_hints
 
 from laconic.ir.errors import PipelineError, UsageError, did_you_mean
-from laconic.passes.base import Pass
-from laconic.passes.registry import PRESETS, load
+from laconic.passes.base import Contract, Pass
+from laconic.passes.registry import EXACT_PRESETS, PRESETS, load
 
 _NAME = re.compile(r"[A-Za-z][\w-]*")
 _VALUE = re.compile(r"[^\s,{}=]+")
@@ -35,7 +35,7 @@ def parse_pipeline(text: str) -> list[Pass]:
         if name in PRESETS:
             if options:
                 _fail(text, found.end(), f"the preset {name!r} takes no options")
-            passes += parse_pipeline(PRESETS[name])
+            passes += _preset(name)
         else:
             passes.append(_make(text, at, name, options))
         at = _skip(text, after)
@@ -46,6 +46,33 @@ def parse_pipeline(text: str) -> list[Pass]:
             if not text[at:].strip():
                 _fail(text, at - 1, "expected a pass behind ','")
     return passes
+
+
+def _preset(name: str) -> list[Pass]:
+    """The passes of a preset. Raises UsageError if it promises to be exact and holds a pass that is not."""
+    passes = parse_pipeline(PRESETS[name])
+    loose = [f"{p.spec} ({p.contract})" for p in passes if p.contract is not Contract.EXACT]
+    if name in EXACT_PRESETS and loose:
+        raise UsageError(f"the preset {name!r} holds only exact passes", why=", ".join(loose))
+    return passes
+
+
+def positions(text: str, passes: Sequence[Pass]) -> set[int]:
+    """Where in a pipeline the pass stands that `text` names: `dedup` is any, `dedup{slices=no}` one with these options.
+
+    Raises PipelineError for text that is no pass, UsageError if none in the pipeline is meant.
+    """
+    named = parse_pipeline(text)
+    if len(named) != 1 or text.strip() in PRESETS:
+        raise UsageError(f"{text!r} is not one pass", hint=did_you_mean(text, [p.name for p in passes]))
+    found = {k for k, p in enumerate(passes) if (p == named[0] if "{" in text else p.name == named[0].name)}
+    if not found:
+        raise UsageError(
+            f"the pipeline has no pass {text!r}",
+            why=f"it is {print_pipeline(passes) or 'empty'}",
+            hint=did_you_mean(text, [p.spec for p in passes]),
+        )
+    return found
 
 
 def print_pipeline(passes: Sequence[Pass]) -> str:

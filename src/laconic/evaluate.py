@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,9 +13,9 @@ from laconic.ir.inputs import Case, cases
 from laconic.ir.metrics import cosine, max_abs
 from laconic.ir.outcomes import run_case
 from laconic.ir.program import Program
-from laconic.ir.run import Runnable, check_inputs
-from laconic.ir.tree import fill
+from laconic.ir.run import check_inputs
 from laconic.ir.types import TensorType, type_of, type_text
+from laconic.latency import by_turns, program_way, ratios
 
 
 def evaluate_programs(
@@ -117,19 +116,10 @@ def _differences(program: Program, against: Program, case: Case, metrics: Sequen
 
 
 def _latency(program: Program, against: Program | None, case: Case, repeats: int) -> dict[str, float]:
-    models = [Runnable(p) for p in (program, against) if p is not None]
-    times: list[list[float]] = [[] for _ in models]
-    for turn in range(repeats + 2):
-        for model, seconds in zip(models, times, strict=True):
-            arguments = {name: fill(tree, case.clone()) for name, tree in program.forward.arguments.items()}
-            with torch.no_grad():
-                start = time.perf_counter()
-                model(**arguments)
-                elapsed = time.perf_counter() - start
-            if turn >= 2:  # the first calls warm caches up
-                seconds.append(elapsed)
-    found = {"latency ms": 1e3 * statistics.median(times[0])}
+    ways = {"ours": program_way(program)} | ({"theirs": program_way(against)} if against is not None else {})
+    times = by_turns(ways, case.clone, repeats)
+    found = {"latency ms": 1e3 * statistics.median(times["ours"])}
     if against is not None:
-        found["latency ms against"] = 1e3 * statistics.median(times[1])
-        found["ratio"] = statistics.median(a / b for a, b in zip(*times, strict=True))
+        found["latency ms against"] = 1e3 * statistics.median(times["theirs"])
+        found["ratio"] = statistics.median(ratios(times, "ours", "theirs"))
     return found

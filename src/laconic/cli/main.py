@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from laconic.cli import commands
+from laconic.cli import audit, bench, diff, doctor, evaluate, explain, export, optimize, passes
 from laconic.ir.errors import LaconicError
 from laconic.version import __version__
 
@@ -26,11 +26,15 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 failure, 2 usage, 3 verification or budget not met, 4 model not supported, "
     "5 optional dependency missing, 130 interrupted.",
 )
-app.command("passes")(commands.passes)
-app.command("optimize")(commands.optimize)
-app.command("eval")(commands.evaluate)
-app.command("export")(commands.export)
-app.command("doctor")(commands.doctor)
+app.command("passes")(passes.passes)
+app.command("optimize")(optimize.optimize)
+app.command("eval")(evaluate.evaluate)
+app.command("export")(export.export)
+app.command("audit")(audit.audit)
+app.command("bench")(bench.bench)
+app.command("diff")(diff.diff)
+app.command("explain")(explain.explain)
+app.command("doctor")(doctor.doctor)
 
 
 def _version(value: bool) -> None:

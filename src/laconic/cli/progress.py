@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+#: Styles of the lines of a diff, by their first character.
+_DIFF = {"-": "red", "+": "green", "@": "cyan", "*": "bold"}
+
+
+def wide_console(*, stderr: bool) -> Console:
+    """Stdout or stderr; as wide as the terminal, else wide enough for a ledger."""
+    found = Console(stderr=stderr, highlight=False)
+    if found.is_terminal or "COLUMNS" in os.environ:
+        return found
+    return Console(stderr=stderr, highlight=False, width=120)
 
 
 class Display:
@@ -15,7 +29,7 @@ class Display:
 
     def __init__(self, *, shown: bool = True) -> None:
         self.shown = shown
-        self._console = Console(stderr=True)
+        self._console = wide_console(stderr=True)
         self._live = shown and self._console.is_terminal
         self._progress = Progress(
             SpinnerColumn(),
@@ -49,6 +63,20 @@ class Display:
             self._progress.remove_task(self._task)
         self._task = self._progress.add_task(text, total=None)
 
+    def write(self, text: str) -> None:
+        """Print something that was asked for: to stderr as it is, above the progress display."""
+        self._console.print(Text(text), soft_wrap=True)
+
+    def write_diff(self, text: str) -> None:
+        """The same for a text diff, in colours where the terminal has them."""
+        coloured = Text()
+        for line in text.splitlines(keepends=True):
+            coloured.append(line, style=_DIFF.get(line[:1], ""))
+        self._console.print(coloured, soft_wrap=True)
+
+    def table(self, table: Table) -> None:
+        self._console.print(table)
+
     def items(self, text: str, total: int) -> Any:
         """A bar of `total` items; call the result to advance it."""
         if not self._live:
@@ -73,6 +101,9 @@ class Display:
                 display.stage(f"{item.spec} on {program.node_count()} nodes")
 
             def after_pass(self, position: int, item: Pass, result: PassResult) -> None:
+                self.advance()
+
+            def skipped_pass(self, position: int, item: Pass, reason: str) -> None:
                 self.advance()
 
         return Bar()

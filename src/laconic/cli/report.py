@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from laconic.passes.base import Pass
-from laconic.passes.ledger import Ledger, Sizes
+from laconic.cli.progress import wide_console
+
+if TYPE_CHECKING:
+    from laconic.diff import Diff
+    from laconic.explain import Explanation
+    from laconic.passes.base import Pass
+    from laconic.passes.instruments import Timing
+    from laconic.passes.ledger import Ledger, Sizes
+
+#: So many places of a rule are named; the rest is counted.
+_PLACES = 5
 
 
 def console() -> Console:
     """Stdout; as wide as the terminal, else wide enough for a ledger."""
-    found = Console(highlight=False)
-    return found if found.is_terminal or "COLUMNS" in os.environ else Console(highlight=False, width=120)
+    return wide_console(stderr=False)
 
 
 def print_table(table: Table) -> None:
@@ -36,7 +44,7 @@ def passes_table(kinds: Sequence[type[Pass]]) -> Table:
     table = _table("", ["pass", "contract", "needs", "reads values", "what it does", "options"])
     for kind in kinds:
         options = ", ".join(f"{k}={_yes(d)}" for k, (_, d) in options_of(kind).items())
-        table.add_row(kind.name, kind.contract, kind.needs, _yes(kind().reads_values), kind.summary, options)
+        table.add_row(kind.name, kind().contract, kind.needs, _yes(kind().reads_values), kind.summary, options)
     return table
 
 
@@ -50,9 +58,28 @@ def ledger_table(ledger: Ledger) -> Table:
     table = _table(f"{ledger.model}: {ledger.pipeline or '(no pass)'}", ["pass", "contract", "did", *numeric], numeric)
     table.add_row("captured", "", "", *_sizes(ledger.before), "")
     for row in ledger.rows:
-        did = row.reason if row.modified else f"nothing: {row.reason}"
+        did = row.reason if row.modified or row.skipped else f"nothing: {row.reason}"
         table.add_row(row.spec, row.contract, did, *_sizes(row.after), f"{row.seconds:.3f}")
     return table
+
+
+def times_table(timing: Timing) -> Table:
+    """Seconds of each pass by phase, and its share of the whole run."""
+    from laconic.passes.manager import Phase
+
+    numeric = [*(str(phase) for phase in Phase), "total", "share"]
+    table = _table("seconds", ["pass", *numeric], numeric)
+    for row in timing.rows:
+        table.add_row(row.name, *(f"{row.phases[phase]:.4f}" for phase in Phase), *_share(row.total, timing.wall))
+    blank = [""] * len(Phase)
+    rest = timing.wall - sum(row.total for row in timing.rows)
+    table.add_row("ledger and instruments", *blank, *_share(rest, timing.wall))
+    table.add_row("all", *blank, *_share(timing.wall, timing.wall))
+    return table
+
+
+def _share(seconds: float, whole: float) -> tuple[str, str]:
+    return f"{seconds:.4f}", f"{seconds / whole:.1%}"
 
 
 def _sizes(sizes: Sizes) -> tuple[str, str, str]:
@@ -80,6 +107,86 @@ def export_report(data: dict[str, Any]) -> None:
     shown = {k: v for k, v in data.items() if k in ("opset", "ir_version", "nodes", "bytes", "checks")}
     for key, value in shown.items():
         console().print(f"  {key}: {value}", soft_wrap=True)
+
+
+def diff_report(before: str, after: str, diff: Diff) -> None:
+    """A block per part; a line that changed is shown as it was and as it is."""
+    out = console()
+    out.print(f"{before} -> {after}", markup=False, soft_wrap=True)
+    if diff.equal:
+        out.print("no difference")
+        return
+    nodes, weights = zip(diff.before, diff.after, strict=True)
+    out.print(f"nodes {nodes[0]:,} -> {nodes[1]:,}, weight bytes {weights[0]:,} -> {weights[1]:,}")
+    for section in diff.sections:
+        out.print(Text(f"\n{section.name}", style="bold"))
+        for change in section.changes:
+            lines = [("- ", change.before, "red"), ("+ ", change.after, "green")]
+            shown = [Text(mark + line, style=style) for mark, line, style in lines if line is not None]
+            if change.note:
+                shown[-1].append(f"    ({change.note})", style="dim")
+            for line in shown:
+                out.print(line, soft_wrap=True)
+
+
+def explain_report(found: Explanation) -> None:
+    """The recipe, then each pass with what it cost and where it did what."""
+    out = console()
+    recipe, versions = found.recipe, found.recipe.get("versions") or {}
+    verified = "verified" if recipe["verified"] else "UNVERIFIED: written with checks switched off"
+    files = ", ".join(f"{name} {state}" for name, state in found.files.items())
+    for name, text in (
+        ("model", recipe.get("model")),
+        ("pipeline", recipe.get("pipeline")),
+        ("made by", ", ".join(f"{package} {version}" for package, version in versions.items())),
+        ("state", f"{verified}; {files}"),
+        ("checked on", ", ".join(found.ledger.checked) or "no inputs"),
+        ("problem", found.problem),
+    ):
+        if text:
+            out.print(f"{name + ':':12}{text}", markup=False, soft_wrap=True)
+    for number, report in enumerate(found.passes, start=1):
+        row = report.row
+        head = f"\n{number}. {row.spec} ({row.contract}, {row.seconds:.3f} s): "
+        head += _effect(report.before, row.after) if row.modified else row.reason
+        out.print(Text(head), soft_wrap=True)
+        for rule, places in report.rules.items():
+            out.print(Text(f"   {sum(p.count for p in places)} {rule}"), soft_wrap=True)
+            for place in places[:_PLACES]:
+                times = f" x {place.count}" if place.count > 1 else ""
+                out.print(Text(f"      {' '.join(filter(None, (place.name, place.source)))}{times}"), soft_wrap=True)
+            if len(places) > _PLACES:
+                out.print(f"      and {len(places) - _PLACES} more places: --pass {number}")
+
+
+def actions_report(actions: Sequence[dict[str, Any]]) -> None:
+    """A line per action: the rule, where, and the rest of it."""
+    for action in actions:
+        rest = ", ".join(f"{k} {v}" for k, v in action.items() if k not in ("rule", "place", "site"))
+        place = "" if action.get("site") is None else f"    ({action['place']})"
+        console().print(Text(f"{action['rule']}: {rest}{place}"), soft_wrap=True)
+
+
+def _effect(before: Sizes, after: Sizes) -> str:
+    found = f"nodes {before.nodes:,} -> {after.nodes:,}, weight bytes {before.weight_bytes:,} -> {after.weight_bytes:,}"
+    return found if after.max_abs is None else f"{found}, max-abs {after.max_abs:.3g} from the captured model"
+
+
+def bench_report(data: dict[str, Any]) -> None:
+    """A row per way: milliseconds, and how long the model took over it."""
+    numeric = ["median ms", "quartiles", "ratio", "interval"]
+    table = _table(f"{data['model']} on {data['input']}", ["way", *numeric], numeric)
+    for name, ms in data["milliseconds"].items():
+        ratio = data["ratio"].get(name)
+        shown = ["", ""] if ratio is None else [f"{ratio['median']:.3f}", f"{ratio['low']:.3f} to {ratio['high']:.3f}"]
+        table.add_row(name, f"{ms['median']:.3f}", f"{ms['low']:.3f} to {ms['high']:.3f}", *shown)
+    print_table(table)
+    machine = data["machine"]
+    console().print(
+        f"ratio: laconic over the other, {data['repeats']} turns, interval of 95 %; {machine['cpu']}, "
+        f"{machine['threads']} threads, torch {machine['torch']}",
+        soft_wrap=True,
+    )
 
 
 def doctor_report(found: dict[str, Any]) -> None:

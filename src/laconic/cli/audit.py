@@ -1,0 +1,147 @@
+"""`laconic audit`: the structure found, the redundancy found, the saving estimated; nothing is changed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+
+from laconic.cli.options import Json, Model, NoProgress, Quiet, Threads, Verbose, assignments, display, print_json
+
+_SHOWN = 8
+
+
+def audit(
+    model: Model,
+    size: Annotated[
+        str, typer.Option("--size", help="Sizes other than the example's, e.g. batch=4,sequence=128.")
+    ] = "",
+    json: Json = False,
+    threads: Threads = 0,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+    no_progress: NoProgress = False,
+) -> None:
+    """Say what a model is made of, what it says twice and what could be saved."""
+    sizes = assignments(size, "--size")
+    with display(quiet, verbose, no_progress, threads) as shown:
+        from laconic.auditing import audit_program
+        from laconic.sources import program_of
+
+        program = program_of(model, shown.stage)
+        found = audit_program(program, sizes=sizes, progress=shown.stage)
+    data = {"schema": 1, "model": model, **found.to_json()}
+    if json:
+        return print_json(data)
+    for line in _report(data):
+        typer.echo(line)
+    return None
+
+
+def _report(data: dict[str, Any]) -> Iterator[str]:
+    sizes = ", ".join(f"{name}={size}" for name, size in data["sizes"].items()) or "fixed sizes"
+    exact = data["exact"]
+    yield f"{data['model']} ({sizes})"
+    yield f"  nodes          {data['nodes']:,}, with repeated blocks said once {data['outlined_nodes']:,}"
+    yield f"  weight bytes   {data['weight_bytes']:,}"
+    yield f"  FLOPs          {data['flops']:,}"
+    yield (
+        f"  after `exact`  {exact['nodes']:,} nodes (said once {exact['outlined_nodes']:,}), "
+        f"{exact['weight_bytes']:,} weight bytes, {exact['flops']:,} FLOPs (not checked here)"
+    )
+    for entry in data["entries"]:
+        yield from _entry(entry)
+    yield ""
+    yield "what each pass alone would do"
+    for saving in data["savings"]:
+        does = ", ".join(f"{n} {rule}" for rule, n in saving["actions"].items()) or "nothing"
+        yield f"  {saving['spec']:22} {does}; {-saving['nodes']:+,} nodes, {-saving['weight_bytes']:+,} weight bytes"
+    yield ""
+    yield "largest weights"
+    for weight in data["top_weights"][:_SHOWN]:
+        yield f"  {weight['bytes']:>14,}  {weight['name']}"
+
+
+def _entry(entry: dict[str, Any]) -> Iterator[str]:
+    yield ""
+    yield f"entry {entry['name']}: {entry['nodes']:,} nodes, {entry['flops_text']} FLOPs"
+    for k, stream in enumerate(entry["streams"]):
+        kinds = Counter(branch["kind"] for branch in stream["branches"])
+        yield f"  stream {k} from %{stream['start']}: {_counted(kinds)}"
+        for run in (r for r in entry["runs"] if r["stream"] == k):
+            yield from _run(run)
+    sites = Counter(_site_words(site) for site in entry["sites"])
+    yield "  sites"
+    for words, count in sites.items():
+        yield f"    {count:>3} x {words}"
+    for reason in {branch["reason"]: None for s in entry["streams"] for branch in s["branches"] if branch["reason"]}:
+        yield f"    mixer: {reason}"
+    if entry["near_misses"]:
+        yield "  near misses"
+        for miss in entry["near_misses"][:_SHOWN]:
+            yield f"    {miss['wanted']} at %{miss['node']}: {miss['reason']} [{miss['where']}]"
+        if len(entry["near_misses"]) > _SHOWN:
+            yield f"    and {len(entry['near_misses']) - _SHOWN} more"
+    if entry["uncounted"]:
+        yield f"  FLOPs not counted: {', '.join(entry['uncounted'])}"
+    yield f"  peak activation bytes {entry['peak_bytes']:,} at %{entry['peak_node']}"
+    for value in entry["live_at_peak"][:3]:
+        yield f"    {value['bytes']:>12,}  %{value['node']} {value['type']} [{value['where']}]"
+    yield "  most FLOPs"
+    for call in entry["top_flops"][:3]:
+        yield f"    {call['flops']:>12,}  %{call['node']} {call['op']} [{call['where']}]"
+
+
+def _run(run: dict[str, Any]) -> Iterator[str]:
+    slots = _counted(run["slots"])
+    turns = f", what they read from outside recurs every {run['turns']} blocks" if run["turns"] > 1 else ""
+    yield (
+        f"    {run['count']} blocks, each {run['period']} branch{'es' * (run['period'] > 1)} and {run['nodes']} nodes "
+        f"(slots: {slots}){turns}: "
+        f"{run['said_again']:,} nodes are said again"
+    )
+    for group in run["equal_weights"]:
+        yield f"      equal weights: blocks {', '.join(map(str, group))}"
+    nearest = sorted(run["likeness"], key=lambda pair: pair["distance"])[:3]
+    if nearest:
+        pairs = ", ".join(f"{p['a']}-{p['b']} {p['distance']:.6g} (cosine {p['cosine']:.6g})" for p in nearest)
+        yield f"      nearest in relative weight distance: {pairs}"
+
+
+def _counted(counts: dict[str, int]) -> str:
+    return ", ".join(f"{n} {kind}" for kind, n in counts.items())
+
+
+def _site_words(site: dict[str, Any]) -> str:
+    """A site without its place."""
+    if site["kind"] == "attention":
+        kind = {True: "cross", False: "self", None: "unplaced"}[site["cross"]]
+        facts = [
+            f"{kind} attention, {site['heads']} heads of {site['head_dim']}",
+            f"{site['kv_heads']} for keys and values" if site["kv_heads"] != site["heads"] else "",
+            "causal" if site["causal"] else "masked" if site["masked"] else "",
+            f"window {site['window']}" if site["window"] else "",
+            "rotary" if site["rotary"] else "",
+            "norms on q and k" if site["qk_norm"] else "",
+            "" if site["fused"] else "written out",
+        ]
+    elif site["kind"] == "mlp":
+        facts = [f"MLP {site['hidden']} -> {site['width']}", site["activation"], "gated" if site["gated"] else ""]
+    elif site["kind"] == "moe":
+        facts = [
+            f"MoE, {site['top_k']} of {site['experts']} experts {site['hidden']} -> {site['width']}",
+            site["activation"],
+            "gated" if site["gated"] else "",
+            site["score"] + (", renormalised" if site["renormalised"] else ""),
+            f"{site['impl']} ({site['layout']})",
+            f"{len(site['shared'])} shared" if site["shared"] else "",
+        ]
+    else:
+        facts = [
+            f"{site['norm']} norm",
+            f"eps {site['eps']:g}" if site["eps"] else "",
+            "" if site["fused"] else "written out",
+        ]
+    return ", ".join(fact for fact in facts if fact)

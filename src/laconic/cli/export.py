@@ -1,0 +1,62 @@
+"""`laconic export`: a checked file for another runtime."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from laconic.cli.options import (
+    Force,
+    Json,
+    Model,
+    NoProgress,
+    Quiet,
+    Threads,
+    Verbose,
+    display,
+    print_json,
+    refuse_early,
+)
+from laconic.ir.errors import UsageError
+
+
+def export(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="F.onnx or F.pt2.")],
+    opset: Annotated[
+        int | None, typer.Option("--opset", min=1, help="ONNX opset; default: the newest that runs.")
+    ] = None,
+    force: Force = False,
+    json: Json = False,
+    threads: Threads = 0,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+    no_progress: NoProgress = False,
+) -> None:
+    """Write a checked ONNX or .pt2 file."""
+    kind = output.suffix
+    if kind not in (".onnx", ".pt2"):
+        raise UsageError(f"{output} does not say what to write", hint="name it F.onnx or F.pt2")
+    if kind == ".pt2" and opset is not None:
+        raise UsageError("--opset is for ONNX")
+    refuse_early(output, force)
+    with display(quiet, verbose, no_progress, threads) as shown:
+        from laconic.cli.report import export_report
+        from laconic.codegen.onnx import write_onnx
+        from laconic.codegen.pt2 import write_pt2
+        from laconic.sources import program_of
+
+        program = program_of(model, shown.stage)
+        data: dict[str, Any] = {"schema": 1, "model": model, "path": str(output), "format": kind[1:]}
+        if kind == ".onnx":
+            report = write_onnx(program, output, opset=opset, force=force, progress=shown.stage)
+            data.update({k: v for k, v in asdict(report).items() if k not in ("path", "data_path")})
+        else:
+            shown.stage("writing and checking")
+            write_pt2(program, output, force=force)
+    if json:
+        return print_json(data)
+    return export_report(data)

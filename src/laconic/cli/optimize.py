@@ -1,0 +1,121 @@
+"""`laconic optimize`: run a pipeline, check it, write a DIR."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from laconic.cli import debug
+from laconic.cli.options import (
+    Force,
+    Json,
+    Model,
+    NoProgress,
+    Quiet,
+    Seed,
+    Threads,
+    Verbose,
+    display,
+    print_json,
+    refuse_early,
+)
+from laconic.formats import FORMATS
+from laconic.ir.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from laconic.passes.ledger import Ledger
+
+
+def optimize(
+    model: Model,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The DIR to write.")] = None,
+    pipeline: Annotated[str, typer.Option("--passes", "-p", help="Pipeline, e.g. 'dedup{slices=no},cse'.")] = "exact",
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", metavar="F", help="Also write this export into DIR: onnx, pt2 (repeatable)."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Run and check everything, write no DIR.")] = False,
+    verify_each: Annotated[bool, typer.Option(help="Verify the program after each pass.")] = True,
+    check: Annotated[bool, typer.Option(help="Check each pass's contract on several inputs and sizes.")] = True,
+    print_after: debug.PrintAfter = None,
+    print_after_all: debug.PrintAfterAll = False,
+    print_changed: debug.PrintChanged = False,
+    dump_dir: debug.DumpDir = None,
+    time_passes: debug.TimePasses = False,
+    bisect_limit: debug.BisectLimit = None,
+    disable_pass: debug.DisablePass = None,
+    stop_after: debug.StopAfter = None,
+    force: Force = False,
+    json: Json = False,
+    seed: Seed = 0,
+    threads: Threads = 0,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+    no_progress: NoProgress = False,
+) -> None:
+    """Optimise a model and write a verified DIR."""
+    from laconic.passes.pipeline import parse_pipeline
+
+    if output is None and not dry_run:
+        raise UsageError("there is nowhere to write to", hint="give -o DIR, or --dry-run to see what would be done")
+    target = None if dry_run else output
+    passes = parse_pipeline(pipeline)  # before the slow part, so that a slip costs nothing
+    _refuse_slips(target, dump_dir, formats or [], force)
+    flags = debug.Debug(
+        print_after or (),
+        print_after_all,
+        print_changed,
+        dump_dir,
+        time_passes,
+        bisect_limit,
+        disable_pass or (),
+        stop_after,
+    )
+    with display(quiet, verbose, no_progress, threads) as shown:
+        from laconic.artefact import refuse_foreign, save
+        from laconic.cli.report import times_table
+        from laconic.ir.inputs import cases
+        from laconic.passes.manager import PassManager
+        from laconic.sources import program_of
+
+        instruments = flags.instruments(passes, shown, force, ["--seed", str(seed)] if seed else [])
+        if target is not None:
+            refuse_foreign(target)
+        program = program_of(model, shown.stage)
+        inputs = cases(program, program.forward, seed=seed)
+        run = PassManager(passes, verify_each, check, (*instruments, shown.instrument())).run(program, inputs)
+        run.ledger.model = model
+        if timing := debug.timing_of(instruments):
+            shown.table(times_table(timing))
+        if target is not None:
+            options: dict[str, Any] = {"formats": formats or (), "force": force, "progress": shown.stage}
+            save(run.program, run.ledger, run.plans, target, seed=seed, **options)
+    return print_json(run.ledger.to_json()) if json else _report(run.ledger, target)
+
+
+def _refuse_slips(target: Path | None, dumps: Path | None, formats: list[str], force: bool) -> None:
+    """Raise UsageError for formats and places that will not do."""
+    for name in formats:
+        if name not in FORMATS:
+            raise UsageError(f"there is no format {name!r}", hint=did_you_mean(name, FORMATS))
+    if target is None:
+        return
+    refuse_early(target, force)
+    if dumps is not None and dumps.resolve().is_relative_to(target.resolve()):
+        raise UsageError(
+            f"the dumps would stand inside {target}, which is written whole", hint="give another --dump-dir"
+        )
+
+
+def _report(ledger: Ledger, target: Path | None) -> None:
+    from laconic.cli.report import ledger_report
+
+    ledger_report(ledger)
+    if target is None:
+        typer.echo("dry run: no DIR was written")
+    elif ledger.verified:
+        typer.echo(f"{target} is written, read back and verified")
+    else:
+        typer.echo(f"{target} is written and marked UNVERIFIED, since checks were switched off")

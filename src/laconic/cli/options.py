@@ -1,0 +1,61 @@
+"""What the commands share: options that many of them take, logging and progress, JSON. Nothing heavy is imported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from laconic.cli.logs import configure
+from laconic.ir.errors import UsageError
+
+if TYPE_CHECKING:
+    from laconic.cli.progress import Display
+
+MODEL_HELP = "zoo:NAME, a Hugging Face folder, a .pt2, an .onnx, a saved DIR, a dump, or package.module:callable."
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no warnings.")]
+Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="Say more; twice for everything.")]
+NoProgress = Annotated[bool, typer.Option("--no-progress", help="No progress display.")]
+Threads = Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0 leaves torch's choice.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the inputs drawn for checks.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
+
+
+def display(quiet: bool, verbose: int, no_progress: bool, threads: int) -> Display:
+    """Logging, threads and the progress display; heavy imports happen under it."""
+    from laconic.cli.progress import Display
+
+    configure(quiet, verbose)
+    shown = Display(shown=not (quiet or no_progress))
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+    return shown
+
+
+def refuse_early(output: Path, force: bool) -> None:
+    """Before the slow part: saving asks again."""
+    from laconic.ir.files import refuse_existing
+
+    refuse_existing(output, force)
+
+
+def print_json(data: Any) -> None:
+    typer.echo(json.dumps(data, indent=1))
+
+
+def assignments(text: str, option: str) -> dict[str, int]:
+    """`a=4,b=128` as a dict; no text, no assignments. Raises UsageError for what is not of this form."""
+    found: dict[str, int] = {}
+    for part in text.split(",") if text.strip() else []:
+        name, _, number = (piece.strip() for piece in part.partition("="))
+        if not name or not number.isdecimal() or name in found:
+            raise UsageError(f"{option} does not take {part.strip()!r}", hint=f"{option} batch=4,sequence=128")
+        found[name] = int(number)
+    return found

@@ -1,0 +1,30 @@
+"""The JSON Schema of all that laconic writes as JSON: each command's `--json`, and ledger.json.
+
+`schema.json` stands beside this file, a definition for each command under the command's name. A field may be added in
+one version; what a field means, or that it is there, changes with the version, which every document carries.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from typing import Any
+
+from laconic.ir.errors import UsageError, did_you_mean
+
+VERSION = 1
+
+
+def schema() -> dict[str, Any]:
+    """The whole schema (JSON Schema draft 2020-12)."""
+    text = (files("laconic") / "schema.json").read_text(encoding="utf-8")
+    loaded: dict[str, Any] = json.loads(text)
+    return loaded
+
+
+def schema_of(command: str) -> dict[str, Any]:
+    """The schema of one command's documents, e.g. `optimize`. Raises UsageError for a name that has none."""
+    whole = schema()
+    if command not in whole["$defs"]:
+        raise UsageError(f"there is no schema {command!r}", hint=did_you_mean(command, whole["$defs"]))
+    return {**whole, "$ref": f"#/$defs/{command}"}
