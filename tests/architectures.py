@@ -1,4 +1,8 @@
-"""Six architectures from small random configurations, with example inputs and named dynamic axes."""
+"""Architectures from small random configurations, with example inputs and named dynamic axes.
+
+`ARCHITECTURES` are two layers deep, for tests of all that a model passes through; `EIGHT` three, enough for a block to
+recur, for tests that compare what is found with what the configuration says.
+"""
 
 from __future__ import annotations
 
@@ -88,8 +92,150 @@ ARCHITECTURES: dict[str, Callable[[], Case]] = {
 }
 
 
-def make(name: str) -> Case:
+def deep_bert() -> Case:
+    config = hf.BertConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, vocab_size=100
+    )
+    return hf.BertModel(config), *_text()
+
+
+def deep_gpt2() -> Case:
+    config = hf.GPT2Config(
+        n_embd=32, n_layer=3, n_head=4, vocab_size=100, n_positions=64, bos_token_id=0, eos_token_id=0
+    )
+    return hf.GPT2LMHeadModel(config), *_text(use_cache=False)
+
+
+def deep_llama() -> Case:
+    config = hf.LlamaConfig(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        vocab_size=100,
+        max_position_embeddings=64,
+    )
+    return hf.LlamaForCausalLM(config), *_text(use_cache=False)
+
+
+def _qwen3_moe(**changes: Any) -> Case:
+    settings = {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 24,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "vocab_size": 100,
+        "max_position_embeddings": 64,
+    }
+    return hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**(settings | changes))), *_text(use_cache=False)
+
+
+def qwen3_moe() -> Case:
+    return _qwen3_moe()
+
+
+def sparse_by_turns() -> Case:
+    """An MoE in every second layer."""
+    return _qwen3_moe(num_hidden_layers=6, decoder_sparse_step=2, norm_topk_prob=False)
+
+
+def local_by_turns() -> Case:
+    """A sliding window in every second layer, with its own rotary table: Gemma 3."""
+    config = hf.Gemma3TextConfig(
+        hidden_size=32,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=64,
+        vocab_size=100,
+        sliding_window=4,
+        max_position_embeddings=64,
+        layer_types=["sliding_attention", "full_attention"] * 3,
+        attn_implementation="sdpa",
+    )
+    return hf.Gemma3ForCausalLM(config), *_text(use_cache=False)
+
+
+def deep_t5() -> Case:
+    config = hf.T5Config(d_model=32, num_layers=3, num_decoder_layers=4, num_heads=4, d_kv=8, d_ff=64, vocab_size=100)
+    inputs, axes = _text(decoder_input_ids=_ids(3, 5), use_cache=False)
+    return hf.T5ForConditionalGeneration(config), inputs, axes | {"decoder_input_ids": {0: BATCH, 1: TARGET}}
+
+
+def deep_vit() -> Case:
+    config = hf.ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=64,
+        image_size=32,
+        patch_size=8,
+    )
+    return hf.ViTModel(config), {"pixel_values": torch.randn(3, 3, 32, 32)}, {"pixel_values": {0: BATCH}}
+
+
+def whisper() -> Case:
+    config = hf.WhisperConfig(
+        d_model=32,
+        encoder_layers=3,
+        decoder_layers=4,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        vocab_size=100,
+        num_mel_bins=8,
+        max_source_positions=16,
+        max_target_positions=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+    )
+    inputs = {"input_features": torch.randn(3, 8, 32), "decoder_input_ids": _ids(3, 5), "use_cache": False}
+    axes = {"input_features": {0: BATCH}, "decoder_input_ids": {0: BATCH, 1: TARGET}, "use_cache": None}
+    return hf.WhisperForConditionalGeneration(config), inputs, axes
+
+
+def mamba() -> Case:
+    """Its scan is unrolled over the sequence, which so is fixed."""
+    config = hf.MambaConfig(
+        hidden_size=32,
+        num_hidden_layers=3,
+        state_size=4,
+        intermediate_size=64,
+        conv_kernel=3,
+        time_step_rank=4,
+        vocab_size=100,
+        use_cache=False,
+    )
+    inputs = {"input_ids": _ids(3, 7), "use_cache": False}
+    return hf.MambaForCausalLM(config), inputs, {"input_ids": {0: BATCH}, "use_cache": None}
+
+
+EIGHT: dict[str, Callable[[], Case]] = {
+    "bert": deep_bert,
+    "gpt2": deep_gpt2,
+    "llama": deep_llama,
+    "qwen3_moe": qwen3_moe,
+    "t5": deep_t5,
+    "vit": deep_vit,
+    "whisper": whisper,
+    "mamba": mamba,
+}
+BY_TURNS: dict[str, Callable[[], Case]] = {"sparse": sparse_by_turns, "local": local_by_turns}
+
+
+def make(name: str, table: dict[str, Callable[[], Case]] = ARCHITECTURES) -> Case:
     """The module in eval mode, its example arguments and dynamic shapes; the same for the same name."""
     torch.manual_seed(0)
-    module, inputs, axes = ARCHITECTURES[name]()
+    module, inputs, axes = table[name]()
     return module.eval(), inputs, axes

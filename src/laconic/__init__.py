@@ -13,14 +13,17 @@ from laconic.version import __version__
 
 if TYPE_CHECKING:
     from laconic.api import Result, capture, export_onnx, export_pt2, load, optimize
+    from laconic.auditing import Audit, audit
     from laconic.ir.errors import LaconicError
     from laconic.ir.program import Program
 
 __all__ = [
+    "Audit",
     "LaconicError",
     "Program",
     "Result",
     "__version__",
+    "audit",
     "capture",
     "export_onnx",
     "export_pt2",
@@ -29,9 +32,11 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Audit": "laconic.auditing",
     "LaconicError": "laconic.ir.errors",
     "Program": "laconic.ir.program",
     "Result": "laconic.api",
+    "audit": "laconic.auditing",
     "capture": "laconic.api",
     "export_onnx": "laconic.api",
     "export_pt2": "laconic.api",
