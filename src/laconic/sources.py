@@ -1,4 +1,5 @@
-"""MODEL, as people name it: `zoo:NAME`, a Hugging Face folder, a saved DIR, or `package.module:callable`."""
+"""MODEL, as people name it: `zoo:NAME`, a Hugging Face folder, a .onnx, a .pt2, a saved DIR, a numbered dump, or
+`package.module:callable`."""
 
 from __future__ import annotations
 
@@ -12,20 +13,25 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.export import Dim
 
-from laconic.artefact import RECIPE, load_program
+from laconic.artefact import LEDGER, RECIPE, load_program
 from laconic.ir.capture import capture_module
 from laconic.ir.errors import FixedAxisError, LaconicError, UnsupportedError, UsageError
 from laconic.ir.hf import load_folder
 from laconic.ir.program import Program
+from laconic.ir.pt2 import read_pt2
 from laconic.ir.source_model import Source
+from laconic.ir.store import PROGRAM, read_program
 from laconic.ir.types import TensorType, type_of
 
-FORMS = "zoo:NAME, a Hugging Face folder, a saved DIR, or package.module:callable"
+FORMS = "zoo:NAME, a Hugging Face folder, a .onnx, a .pt2, a saved DIR, a dump, or package.module:callable"
+
+Progress = Callable[[str], None]
 
 
-def resolve(model: str, *, allow_unverified: bool = False) -> Source | Program:
-    """What MODEL names: something to capture, or a Program that was saved.
+def resolve(model: str, *, allow_unverified: bool = False, progress: Progress = lambda stage: None) -> Source | Program:
+    """What MODEL names: something to capture, or a Program that was saved or exported.
 
     Raises UsageError for an unknown form or name, and what reading it raises.
     """
@@ -35,20 +41,42 @@ def resolve(model: str, *, allow_unverified: bool = False) -> Source | Program:
         return zoo.load(model.removeprefix("zoo:"))
     path = Path(model)
     if path.is_dir():
-        if (path / RECIPE).exists() or (path / "program.txt").exists():
-            return load_program(path, allow_unverified=allow_unverified)
-        return load_folder(path)
+        return _from_folder(path, allow_unverified)
+    if path.is_file():
+        return _from_file(path, progress)
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", model):
         return _from_callable(model)
-    if path.is_file():
-        raise UsageError(f"{model} is a file of a kind that is not read", hint=f"MODEL is one of: {FORMS}")
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, siblings, n=2)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     raise UsageError(f"there is no model {model!r}", hint=f"{hint}MODEL is one of: {FORMS}")
 
 
-def capture_source(source: Source, progress: Callable[[str], None] = lambda stage: None) -> Program:
+def _from_folder(path: Path, allow_unverified: bool) -> Source | Program:
+    """A saved DIR, by its recipe (or ledger, should the recipe be missing); a dump, which has neither; else Hugging
+    Face's."""
+    if (path / RECIPE).exists() or (path / LEDGER).exists():
+        return load_program(path, allow_unverified=allow_unverified)
+    return read_program(path) if (path / PROGRAM).exists() else load_folder(path)
+
+
+def _from_file(path: Path, progress: Progress) -> Source | Program:
+    if path.suffix == ".pt2":
+        return read_pt2(path, progress)
+    if path.suffix == ".onnx":
+        from laconic.ir.onnx import read_onnx  # brings onnx with it
+
+        return read_onnx(path)
+    if path.suffix in (".bin", ".pkl", ".pt", ".pth", ".ckpt"):
+        raise UnsupportedError(
+            f"{path} is not read",
+            why="such files are pickles, and reading one runs the code in it",
+            hint=f"MODEL is one of: {FORMS}",
+        )
+    raise UsageError(f"{path} is a file of a kind that is not read", hint=f"MODEL is one of: {FORMS}")
+
+
+def capture_source(source: Source, progress: Progress = lambda stage: None) -> Program:
     """Capture a source. An axis that the model fixes is given up, and named in the facts, rather than the model; the
     other axes keep the identity that their names give them."""
 
@@ -67,14 +95,16 @@ def capture_source(source: Source, progress: Callable[[str], None] = lambda stag
         program = attempt(kept)
     except UnsupportedError:
         return free
-    program.facts["specialized"] = fixed
+    if fixed:
+        program.facts["specialized"] = fixed
     return program
 
 
 def free_axes(program: Program, dynamic_shapes: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The part of `dynamic_shapes` (by argument name, one tensor an argument) that `program` left dynamic, and the
-    axes that it fixed, in words."""
-    kept, fixed = {}, []
+    """The part of `dynamic_shapes` (by argument name, one tensor an argument) that `program` left dynamic, within the
+    bounds that it found, and the axes that it fixed, in words."""
+    kept: dict[str, Any] = {}
+    fixed: list[str] = []
     kinds = {n.meta["name"]: type_of(n.meta["val"]) for n in program.forward.input_nodes()}
     for name, axes in dynamic_shapes.items():
         kind = kinds.get(name)
@@ -83,12 +113,33 @@ def free_axes(program: Program, dynamic_shapes: dict[str, Any]) -> tuple[dict[st
             continue
         kept[name] = {axis: dim for axis, dim in axes.items() if not isinstance(kind.shape[axis], int)}
         fixed += [f"{name} axis {axis} = {kind.shape[axis]}" for axis in axes if axis not in kept[name]]
-    return kept, fixed
+    return _bounded(kept, kinds, program), fixed
 
 
-def program_of(model: str, progress: Callable[[str], None] = lambda stage: None) -> Program:
+def _bounded(shapes: dict[str, Any], kinds: dict[str, Any], program: Program) -> dict[str, Any]:
+    """The same axes, those of one name within the bounds of all of them."""
+    named = [
+        (dim, program.symbols[size.name])
+        for name, axes in shapes.items()
+        for axis, dim in (axes.items() if isinstance(axes, dict) else ())
+        if isinstance(dim, Dim) and (size := kinds[name].shape[axis]).is_Symbol
+    ]
+
+    def bounded(dim: Any) -> Any:
+        found = [symbol for other, symbol in named if isinstance(dim, Dim) and other.__name__ == dim.__name__]
+        highs = [high for high in (dim.max, *(s.high for s in found)) if isinstance(high, int)] if found else []
+        lows = [low for low in (dim.min, *(s.low for s in found)) if low is not None and low > 2] if found else []
+        return Dim(dim.__name__, min=max(lows, default=dim.min), max=min(highs, default=None)) if found else dim
+
+    return {
+        name: {axis: bounded(dim) for axis, dim in axes.items()} if isinstance(axes, dict) else axes
+        for name, axes in shapes.items()
+    }
+
+
+def program_of(model: str, progress: Progress = lambda stage: None) -> Program:
     """The Program that MODEL names, captured if need be."""
-    found = resolve(model)
+    found = resolve(model, progress=progress)
     return found if isinstance(found, Program) else capture_source(found, progress)
 
 
