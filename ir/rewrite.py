@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -44,6 +45,20 @@ def substitute(entry: Entry, pairs: Mapping[str, str]) -> None:
         nodes[old].replace_all_uses_with(nodes[final(old)])
     for old in reversed([name for name in nodes if name in pairs]):
         entry.graph.erase_node(nodes[old])
+
+
+def hoist(entry: Entry, names: Collection[str]) -> None:
+    """Move these calls up to right behind the last of their operands; all others keep their order."""
+    nodes = list(entry.graph.nodes)
+    first = max((k for k, node in enumerate(nodes) if node.op == "placeholder"), default=-1)
+    place: dict[fx.Node, tuple[int, int]] = {}
+    for k, node in enumerate(nodes):
+        operands = max((place[n][0] for n in node.all_input_nodes), default=first)
+        place[node] = (max(operands, first) if node.name in names else k, k)
+    ordered = sorted(nodes, key=place.__getitem__)
+    for before, node in pairwise(ordered):
+        if node.name in names:
+            before.append(node)
 
 
 def inline_literal(entry: Entry, node: fx.Node, literal: Any) -> None:

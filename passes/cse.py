@@ -7,6 +7,9 @@
 Two calls are one if op, constants (by type and repr: 1 is not 1.0) and operands are, operands counting as equal if they
 were merged before. Random draws, effects and unset memory are never merged. Two equal results that callers receive as
 two tensors stay two: merging them would let a write into one show in the other.
+
+What stays is moved up to its operands: it serves several places and belongs to none, such as the first of several equal
+layers, which would otherwise no longer be equal to the others.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from torch import fx
 
 from laconic.ir.alias import Aliasing
 from laconic.ir.program import Entry, Program
-from laconic.ir.rewrite import substitute
+from laconic.ir.rewrite import hoist, substitute
 from laconic.ir.signature import Interner, signature
 from laconic.ir.traits import traits
 from laconic.passes.base import Contract, Pass, Plan
@@ -37,7 +40,9 @@ class Cse(Pass):
 
     def rewrite(self, program: Program, plan: Plan) -> None:
         for entry in program.entries.values():
-            substitute(entry, {a["node"]: a["with"] for a in plan.actions if a["entry"] == entry.name})
+            merged = {a["node"]: a["with"] for a in plan.actions if a["entry"] == entry.name}
+            substitute(entry, merged)
+            hoist(entry, set(merged.values()))
 
 
 def _merges(entry: Entry) -> list[dict[str, Any]]:

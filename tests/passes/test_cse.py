@@ -241,3 +241,30 @@ def test_calls_whose_equal_elements_callers_receive_apart_stay_two() -> None:
     )
     stays(text, "cse")
     fires(text.replace("return (%p, %q)", "%r: i64[2, 3] = aten.add.Tensor(%p, %q)\nreturn (%p, %r)"), "cse")
+
+
+def test_what_is_merged_moves_up_to_its_operands_and_equal_layers_stay_equal() -> None:
+    _, after, _ = fires(
+        """
+        size n in [1, inf] like 3
+        parameter @a: f32[4, 4]
+        parameter @b: f32[4, 4]
+        entry forward {
+          input %x: f32[n, 4] in [-1.0, 1.0]
+          input %t: f32[n, 1] in [-1.0, 1.0]
+          argument x = %x
+          argument t = %t
+          %p: f32[n, 4] = aten.linear(%x, @a)
+          %c: f32[n, 1] = aten.cos(%t)
+          %u: f32[n, 1] = aten.neg(%c)
+          %q: f32[n, 4] = aten.mul.Tensor(%p, %u)
+          %r: f32[n, 4] = aten.linear(%q, @b)
+          %d: f32[n, 1] = aten.cos(%t)
+          %v: f32[n, 1] = aten.neg(%d)
+          %s: f32[n, 4] = aten.mul.Tensor(%r, %v)
+          return %s
+        }
+        """,
+        "cse",
+    )
+    assert [node.name for node in after.forward.calls()] == ["c", "u", "p", "q", "r", "s"]
