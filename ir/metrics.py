@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+from laconic.ir.memory import PIECE
 
 
 def bit_equal(a: Any, b: Any) -> bool:
@@ -13,7 +16,20 @@ def bit_equal(a: Any, b: Any) -> bool:
         return type(a) is type(b) and (a == b or repr(a) == repr(b))
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(_bits(a), _bits(b))
+    return all(torch.equal(_bits(x), _bits(y)) for x, y in _parts(a.detach(), b.detach()))
+
+
+def _parts(a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Two tensors of one shape, whole if that needs no copy, else piece by piece."""
+    size = a.numel() * a.element_size()
+    if size <= PIECE or (a.is_contiguous() and b.is_contiguous()):
+        yield a, b
+    elif a.shape[0] == 1:
+        yield from _parts(a[0], b[0])
+    else:
+        rows = max(1, PIECE * a.shape[0] // size)
+        for x, y in zip(torch.split(a, rows), torch.split(b, rows), strict=True):
+            yield from _parts(x, y)
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

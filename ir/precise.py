@@ -3,9 +3,9 @@
 The rule, for each tensor of floating numbers: its greatest error against the float64 reference is at most
 max(2 x the original's, 4 eps max|y|), eps that of the tensor's dtype and y the reference. Other tensors must be equal.
 
-Passes are held to it case by case (`deviation`). Another runtime is held to it with the original's error taken from all
-cases together (`pooled`), since its kernels sum in other orders than torch's: where an output has a handful of values,
-the original's error on one case is a single draw, at times a lucky one, and says little of what rounding does there.
+Passes and other runtimes are held to it with the original's error taken from all cases together (`pooled`), since they
+sum in other orders: where an output has a handful of values, the original's error on one case is a single draw, at
+times a lucky one, and says little of what rounding does there.
 """
 
 from __future__ import annotations

@@ -1,20 +1,22 @@
 """Fake propagation: what every node computes, without computing it, and without adding a guard.
 
 `propagate` recomputes the type of nodes that were added or whose operands changed, and follows a change only as far as
-it reaches. `recompute` is one node of it, which the verifier uses too.
+it reaches. `recompute` is one node of it; `computed_types` is what the verifier asks of many.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import fx
 
 from laconic.ir.errors import VerificationError
 from laconic.ir.program import Program
-from laconic.ir.torch_private import quiet
-from laconic.ir.types import same_type, type_of
+from laconic.ir.signature import Interner, layout, skeleton
+from laconic.ir.torch_private import expression, quiet
+from laconic.ir.types import ValueType, same_type, type_of
 
 
 def fake_arguments(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -39,6 +41,40 @@ def recompute(program: Program, node: fx.Node) -> Any:
             where=program.describe(node),
             why=str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__,
         ) from problem
+
+
+def computed_types(program: Program, nodes: Iterable[fx.Node]) -> Iterator[tuple[fx.Node, ValueType | None]]:
+    """Each call with the type that it computes. Raises VerificationError like `recompute`.
+
+    Calls that say the same of operands in which an op can see no difference are computed once: in a deep model most of
+    them are. What an op can see is a value's type, offset, and conjugate, negative and gradient bits.
+    """
+    intern = Interner()
+    seen: dict[fx.Node, Hashable] = {}
+    known: dict[Hashable, ValueType | None] = {}
+
+    def operand(node: fx.Node) -> Hashable:
+        if node not in seen:
+            seen[node] = intern(_visible(node.meta["val"]))
+        return seen[node]
+
+    for node in nodes:
+        key = (node.target, skeleton(node.args, operand), skeleton(node.kwargs, operand))
+        if key not in known:
+            known[key] = type_of(recompute(program, node))
+        yield node, known[key]
+
+
+def _visible(value: Any) -> Hashable:
+    """All that an op can read of a fake value; a tensor of which the elements are known is like no other."""
+    if isinstance(value, (list, tuple)):
+        return ("sequence", *map(_visible, value))
+    if not isinstance(value, torch.Tensor):
+        return layout(value)
+    if getattr(value, "constant", None) is not None:
+        return ("known elements", id(value))
+    bits = (value.is_conj(), value.is_neg(), value.requires_grad)
+    return (layout(value), expression(value.storage_offset()), *bits)
 
 
 def propagate(program: Program, graph: fx.Graph, changed: Iterable[fx.Node] | None = None) -> set[fx.Node]:

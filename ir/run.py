@@ -130,7 +130,7 @@ class Runnable(nn.Module):
     def _alias_names(self) -> None:
         """Names tied to a whole row stay visible in the state dict."""
         for name, alias in self.program.aliases.items():
-            if alias.target is not None and alias.rows is None:
+            if alias.target is not None and alias.whole:
                 source, last = self._rows[alias.target]
                 holder, own = self._holder(name)
                 if last in source._parameters:

@@ -8,18 +8,22 @@ constants therefore count by type and repr.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
+import sympy
 import torch
 from torch import fx
 
+from laconic.ir.memory import pieces
+from laconic.ir.torch_private import expression
 from laconic.ir.traits import op_name
 
 if TYPE_CHECKING:
-    from laconic.ir.program import Program
+    from laconic.ir.program import Entry, Program, Weight
 
 Leaf = Callable[[fx.Node], Hashable]
+Fingerprint = tuple[Hashable, ...]
 
 
 def skeleton(argument: Any, leaf: Leaf) -> Hashable:
@@ -27,9 +31,9 @@ def skeleton(argument: Any, leaf: Leaf) -> Hashable:
     if isinstance(argument, fx.Node):
         return leaf(argument)
     if isinstance(argument, (list, tuple)):
-        return ("sequence", *(skeleton(a, leaf) for a in argument))
-    if isinstance(argument, Mapping):
-        return ("mapping", *((key, skeleton(a, leaf)) for key, a in sorted(argument.items())))
+        return ("sequence", *[skeleton(a, leaf) for a in argument])
+    if isinstance(argument, dict):
+        return ("mapping", *[(key, skeleton(a, leaf)) for key, a in sorted(argument.items())])
     if isinstance(argument, slice):
         return ("slice", *(skeleton(a, leaf) for a in (argument.start, argument.stop, argument.step)))
     return (type(argument).__name__, repr(argument))
@@ -50,16 +54,49 @@ class Interner:
         return self._numbers.setdefault(value, len(self._numbers))
 
 
-def fingerprint(program: Program) -> tuple[str, tuple[Hashable, ...]]:
-    """What tells whether a pass changed a program: a hash of its text, and which bytes its weights are.
+def fingerprint(program: Program) -> Fingerprint:
+    """What tells whether a pass changed a program: all that its text says, and which bytes its weights are.
 
-    Writing into a weight in place changes the tensor's version counter and so the second part.
+    Writing into a weight in place changes the tensor's version counter and so the last part.
     """
-    rows = tuple(
-        (name, w.value.data_ptr(), tuple(w.value.shape), tuple(w.value.stride()), _written(w.value))
-        for name, w in program.weights.items()
-    )
-    return hashlib.sha256(str(program).encode()).hexdigest(), rows
+    rows = tuple((*_row(w), w.value.data_ptr(), _written(w.value)) for w in program.weights.values())
+    facts = tuple((name, repr(value)) for name, value in program.facts.items())
+    tables = (program.symbols, program.sites, program.aliases)
+    functions = tuple((name, *map(_node, f.graph.nodes)) for name, f in program.functions.items())
+    entries = tuple(_entry(entry) for entry in program.entries.values())
+    return (facts, *(tuple(table.items()) for table in tables), functions, entries, rows)
+
+
+def _row(weight: Weight) -> tuple[Hashable, ...]:
+    return (weight.name, weight.kind, weight.trainable, weight.persistent, layout(weight.value))
+
+
+def _entry(entry: Entry) -> Hashable:
+    trees = (repr(entry.arguments), repr(entry.results))  # the order of keys counts
+    return (entry.name, tuple(entry.inputs), tuple(entry.outputs), trees, *map(_node, entry.graph.nodes))
+
+
+def _node(node: fx.Node) -> Hashable:
+    """A node down to its name; meta values that do not stand in the text are left out."""
+    say, marks = skeleton(node.args, _name), node.meta
+    call = (say, skeleton(node.kwargs, _name)) if node.kwargs else say
+    places = (marks.get("kind"), marks.get("name"), marks.get("site"), marks.get("by"))
+    return (node.name, node.op, node.target, call, *places, layout(marks.get("val")))
+
+
+def _name(node: fx.Node) -> Hashable:
+    return ("node", node.name)
+
+
+def layout(value: Any) -> Hashable:
+    """The type of a value as a hashable key: what `laconic.ir.types.type_of` says, and only more."""
+    if isinstance(value, torch.Tensor):
+        sizes = (*value.shape, *value.stride())
+        return (value.dtype, value.device, *(s if type(s) is int else expression(s) for s in sizes))
+    if isinstance(value, (list, tuple)):
+        return ("sequence", *map(layout, value))
+    found = expression(value)
+    return (type(value).__name__, found if isinstance(found, sympy.Basic) else repr(found))
 
 
 def _written(tensor: torch.Tensor) -> int:
@@ -80,7 +117,10 @@ def checksum(tensor: torch.Tensor) -> bytes:
 
 def content_key(tensor: torch.Tensor) -> bytes:
     """A hash of a tensor's bytes in row-major order (not of its values: -0.0 and 0.0 differ, a NaN equals itself)."""
-    return hashlib.sha256(raw_bytes(tensor)).digest()
+    found = hashlib.sha256()
+    for piece in pieces(tensor):
+        found.update(raw_bytes(piece))
+    return found.digest()
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:

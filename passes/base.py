@@ -74,10 +74,14 @@ class Pass(ABC):
 
     name: ClassVar[str]
     summary: ClassVar[str]
-    contract: ClassVar[Contract]
     needs: ClassVar[Needs] = Needs.NOTHING
     methods: ClassVar[tuple[str, ...]] = ()
     source: ClassVar[str] = ""
+
+    @property
+    @abstractmethod
+    def contract(self) -> Contract:
+        """What this pass promises as it is configured; a class attribute where no option bears on it."""
 
     @property
     def reads_values(self) -> bool:

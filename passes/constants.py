@@ -1,8 +1,9 @@
 """Which values of an entry are constants, and what they are.
 
 A value is constant if its call is pure and leaves no memory unset, and all its operands are constants: literals, rows
-of the weight table that are no parameter and no state, or other constants. A call that reads only the type of an
-operand (`new_ones`) does not need that operand to be constant.
+of the weight table that are no state, or other constants. A call that reads only the type of an operand (`new_ones`)
+does not need that operand to be constant. With `parameters`, those count too, and a value must be made of rows and
+literals alone.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from laconic.ir.types import TensorType, is_dense, nbytes, type_of
 class Constants:
     """The constants of one entry; values are computed when first asked for, and kept."""
 
-    def __init__(self, program: Program, entry: Entry, *, read_weights: bool) -> None:
+    def __init__(self, program: Program, entry: Entry, *, read_weights: bool, parameters: bool = False) -> None:
         self._program, self._entry = program, entry
+        self._of_types = not parameters
+        self._kinds = (Kind.BUFFER, Kind.CONSTANT, *([Kind.PARAMETER] if parameters else []))
         self._values: dict[fx.Node, Any] = {}
         self._known: set[fx.Node] = set()
         self._written = exposed(program)  # a caller who receives a row may write into it between calls
@@ -33,7 +36,7 @@ class Constants:
 
     def _is_constant(self, node: fx.Node, read_weights: bool) -> bool:
         if node.op == "placeholder":
-            fixed = node.meta["kind"] in (Kind.BUFFER, Kind.CONSTANT) and node.meta["name"] not in self._written
+            fixed = node.meta["kind"] in self._kinds and node.meta["name"] not in self._written
             return read_weights and fixed
         if node.op != "call_function":
             return False
@@ -41,7 +44,7 @@ class Constants:
         if not facts.pure or facts.unset or not _fixed(node.meta["val"]):
             return False
         operands = node.all_input_nodes
-        if facts.type_only and operands:
+        if facts.type_only and operands and self._of_types:
             tensor, *rest = operands
             return tensor is node.args[0] and all(n in self._known for n in rest) and _fixed_enough(node, tensor)
         return all(n in self._known for n in operands)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from laconic.ir.program import Alias, Kind, Program
-from laconic.ir.rewrite import by_name, dead_nodes, drop_weight
+from laconic.ir.rewrite import by_name, dead_nodes, drop_weights
 from laconic.passes.base import Contract, Pass, Plan
 
 
@@ -46,6 +46,4 @@ class Dce(Pass):
         for action in plan.actions:
             if action["rule"] == "dead call":
                 program.entries[action["entry"]].graph.erase_node(nodes[action["entry"]][action["node"]])
-        for action in plan.actions:
-            if action["rule"] == "unused weight":
-                drop_weight(program, action["weight"], Alias(None))
+        drop_weights(program, {a["weight"]: Alias(None) for a in plan.actions if a["rule"] == "unused weight"})

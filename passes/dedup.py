@@ -4,6 +4,14 @@
     parameter @b: f32[8, 8]  (same bytes)   ->    alias @b = @a
     parameter @c: f32[4, 8]  (rows 2-5 of a)      alias @c = @a[2:6]      %s = aten.slice.Tensor(@a, 0, 2, 6)
 
+With `transposed=yes`, off unless asked for, also
+
+    parameter @d: f32[6, 8]  (a transposed)       alias @d = transpose @a
+    %y = aten.linear(%x, @d)                ->    %y = aten.matmul(%x, @a)
+
+for weights that products alone read. Matrix kernels round otherwise on other strides, so the contract is then
+`tolerance`.
+
 Bytes are compared, not values: -0.0 is not 0.0 and a NaN equals itself. Weights of any size count. A part of another
 must be contiguous rows, be worth a call (`min_slice_bytes`), and lie on 64-byte boundaries as it did, because matrix
 kernels may round differently on memory aligned otherwise.
@@ -23,32 +31,39 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch import fx
 
 from laconic.ir.alias import exposed
 from laconic.ir.memory import misalignment
 from laconic.ir.metrics import bit_equal
-from laconic.ir.program import Alias, Kind, Program, Weight
-from laconic.ir.rewrite import drop_weight, insert_call, weight_node
+from laconic.ir.program import Alias, Entry, Kind, Program, Weight
+from laconic.ir.rewrite import drop_weights, insert_call, weight_node
 from laconic.ir.signature import content_key
 from laconic.ir.traits import reads_requires_grad
 from laconic.ir.types import nbytes
 from laconic.passes.base import Contract, Pass, Plan
+from laconic.passes.products import products_of, rewrite_product
 
 _PROBES = 8
+_TURNED = "another transposed"
 
 
 @dataclass(frozen=True)
 class Dedup(Pass):
     """`slices`: find weights that are rows of another. `min_slice_bytes`: smaller ones are not worth a call.
-    `trainable`: merge trained parameters too."""
+    `trainable`: merge trained parameters too. `transposed`: find weights that are another, transposed."""
 
     slices: bool = True
     min_slice_bytes: int = 4096
     trainable: bool = True
+    transposed: bool = False
 
     name: ClassVar[str] = "dedup"
     summary: ClassVar[str] = "store weights with the same bytes once"
-    contract: ClassVar[Contract] = Contract.EXACT
+
+    @property
+    def contract(self) -> Contract:
+        return Contract.TOLERANCE if self.transposed else Contract.EXACT
 
     @property
     def reads_values(self) -> bool:
@@ -66,30 +81,39 @@ class Dedup(Pass):
         ]
         actions, kept = _whole(rows)
         near: list[str] = []
+        if self.transposed:
+            turned, kept = _turned(program, kept, near)
+            actions += turned
         if self.slices:
             actions += _parts(kept, self.min_slice_bytes, _read_for_gradients(program), near)
         reason = "no two weights hold the same bytes"
         if near:
-            reason = "rows of another weight, but a kernel may round differently: " + ", ".join(near)
+            reason = "parts of another weight, or one transposed, yet apart: " + ", ".join(near[:4])
         return Plan(self.spec, tuple(actions), reason=reason)
 
     def rewrite(self, program: Program, plan: Plan) -> None:
+        nodes = {entry.name: entry.weight_nodes() for entry in program.entries.values()}
+        gone: dict[str, Alias] = {}
         for action in plan.actions:
             name, target = action["weight"], action["same_as"]
             rows = tuple(action["rows"]) if "rows" in action else None
+            gone[name] = Alias(target, rows, transposed=action["rule"] == _TURNED)
             for entry in program.entries.values():
-                old = entry.weight_nodes().get(name)
-                if old is None:
+                known = nodes[entry.name]
+                if name not in known:
                     continue
-                new = weight_node(program, entry, target)
+                new = weight_node(program, entry, target, known)
+                if gone[name].transposed:
+                    _turn(program, entry, name, new)
+                    continue
                 if rows is not None:
                     first = next(entry.calls())
                     args = (new, 0, rows[0], rows[1])
                     new = insert_call(
                         program, entry, first, torch.ops.aten.slice.Tensor, args, by=self.name, like=first
                     )
-                old.replace_all_uses_with(new)
-            drop_weight(program, name, Alias(target, rows))
+                known[name].replace_all_uses_with(new)
+        drop_weights(program, gone)
 
 
 def _read_for_gradients(program: Program) -> set[str]:
@@ -128,6 +152,47 @@ def _whole(rows: list[Weight]) -> tuple[list[dict[str, Any]], list[Weight]]:
     return actions, [w for w in rows if w.name not in gone]
 
 
+def _turned(program: Program, rows: list[Weight], near: list[str]) -> tuple[list[dict[str, Any]], list[Weight]]:
+    """Matrices equal to another one transposed, and the ones that stay.
+
+    Of two the later one goes, if nothing but products reads it (a table that is looked up stays as it is), else the
+    other one; a row of the state dict stays one.
+    """
+    groups: dict[Hashable, list[Weight]] = defaultdict(list)
+    for weight in rows:
+        value = weight.value
+        if value.dim() == 2 and value.is_contiguous() and not value.is_conj() and not value.is_neg():
+            groups[(_treated_alike(weight), *sorted(value.shape))].append(weight)
+    actions: list[dict[str, Any]] = []
+    gone: set[str] = set()
+    for group in groups.values():
+        if len({tuple(w.value.shape) for w in group}) == 1 and len(set(group[0].value.shape)) == 2:
+            continue  # all are wide, or all are tall
+        by_content = {content_key(w.value): w for w in group}
+        for weight in [
+            *[w for w in reversed(group) if not w.persistent],
+            *[w for w in reversed(group) if w.persistent],
+        ]:
+            other = by_content.get(content_key(weight.value.t())) if weight.name not in gone else None
+            if other is None or other is weight or other.name in gone or not bit_equal(other.value, weight.value.t()):
+                continue
+            for less, more in ((weight, other), (other, weight)):
+                if more.persistent >= less.persistent and products_of(program, less.name)[1]:
+                    actions.append({"rule": _TURNED, "weight": less.name, "same_as": more.name})
+                    gone.add(less.name)
+                    break
+            else:
+                near.append(f"{weight.name} and {other.name} (not only products read them)")
+    return actions, [w for w in rows if w.name not in gone]
+
+
+def _turn(program: Program, entry: Entry, name: str, other: fx.Node) -> None:
+    """Let the products that read a weight read the placeholder of another one, which is its transpose."""
+    for product in products_of(program, name)[0]:
+        if product.entry is entry:
+            rewrite_product(program, product, other, product.bias, first=not product.outputs_first, by=Dedup.name)
+
+
 def _parts(rows: list[Weight], min_bytes: int, fixed: set[str], near: list[str]) -> Iterator[dict[str, Any]]:
     """Weights that are consecutive rows of a larger one that stays."""
     groups: dict[Hashable, list[Weight]] = defaultdict(list)
@@ -161,8 +226,7 @@ def _places(part: Weight, larger: list[Weight], fixed: set[str], near: list[str]
             else:
                 yield candidate, start
                 continue
-            if len(near) < 4:
-                near.append(f"{part.name} in {candidate.name} ({why})")
+            near.append(f"{part.name} in {candidate.name} ({why})")
 
 
 def _words(tensor: torch.Tensor) -> np.ndarray[Any, Any]:

@@ -23,12 +23,15 @@ _BUILTIN = {
     "cse": "laconic.passes.cse:Cse",
     "dce": "laconic.passes.dce:Dce",
     "dedup": "laconic.passes.dedup:Dedup",
+    "fold-weights": "laconic.passes.fold_weights:FoldWeights",
     "simplify": "laconic.passes.simplify:Simplify",
 }
 
 #: Pipelines with a name. `exact` is the default everywhere and holds only exact passes. `simplify` stands before
 #: `dedup`, which finds equal ones among the constants it folds, and so a second run finds nothing.
 PRESETS: dict[str, str] = {"exact": "simplify,dedup,cse,dce", "none": ""}
+#: Those whose passes, as they are configured, must all have the contract `exact`.
+EXACT_PRESETS = frozenset({"exact"})
 
 
 @cache

@@ -28,7 +28,7 @@ from torch import fx
 from laconic.ir.alias import Aliasing, alias_operand, root
 from laconic.ir.memory import ALIGNMENT, misalignment
 from laconic.ir.program import Entry, Kind, Program
-from laconic.ir.rewrite import add_constant, find, inline_literal, substitute, weight_node
+from laconic.ir.rewrite import add_constant, by_name, inline_literal, substitute, weight_node
 from laconic.ir.torch_private import is_symbolic, storage_key
 from laconic.ir.traits import reads_requires_grad, traits
 from laconic.ir.types import NumberType, TensorType, same_size, type_of
@@ -98,14 +98,15 @@ class Simplify(Pass):
         for entry in program.entries.values():
             mine = [a for a in plan.actions if a["entry"] == entry.name]
             substitute(entry, {a["node"]: a["with"] for a in mine if "with" in a})
+            nodes, rows = by_name(entry), entry.weight_nodes()
             for action in mine:
                 if "constant" in action:
                     row = add_constant(program, action["constant"], plan.tensors[action["constant"]])
-                    old, new = find(entry, action["node"]), weight_node(program, entry, row)
+                    old, new = nodes[action["node"]], weight_node(program, entry, row, rows)
                     old.replace_all_uses_with(new)
                     entry.graph.erase_node(old)
                 elif "number" in action:
-                    inline_literal(entry, action["node"], action["number"])
+                    inline_literal(entry, nodes[action["node"]], action["number"])
 
 
 def _action(rule: str, entry: Entry, node: fx.Node, **what: Any) -> dict[str, Any]:

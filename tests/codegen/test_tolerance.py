@@ -56,7 +56,9 @@ def scaled(model: ir.Model) -> None:
 
 
 def unbiased(model: ir.Model) -> None:
-    change(model, "encoder.layer.0.attention.self.query.bias", 0.0)
+    """Without the bias of queries, keys and values, which are computed together."""
+    bias = "encoder.layer.0.attention.self.query.bias"
+    change(model, next(name for name in model.graph.initializers if name.startswith(bias)), 0.0)
 
 
 def change(model: ir.Model, name: str, factor: float) -> None:
