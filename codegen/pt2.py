@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from laconic.ir.memory import aligned
 from laconic.ir.metrics import bit_equal
 from laconic.ir.outcomes import SEED, Outcomes
 from laconic.ir.program import Entry, Program, Role
+from laconic.ir.pt2 import NOTES, notes
 from laconic.ir.run import Outcome
 from laconic.ir.traits import op_name
 from laconic.ir.tree import Leaf, fill, leaves
@@ -33,7 +35,8 @@ def write_pt2(program: Program, path: str | os.PathLike[str], *, force: bool = F
     """Write the entry `forward` as a .pt2 and return its path.
 
     The file is loaded again and must give the Program's bits on the examples and at other sizes of every dynamic axis
-    before it is put in place. It holds no example inputs. How the loaded model is called: `laconic.ir.exported`.
+    before it is put in place. It holds no example inputs; names of axes and ranges of values stand beside the graph,
+    for `laconic.ir.pt2` to read. How the loaded model is called: `laconic.ir.exported`.
 
     Raises UsageError if the name does not end in .pt2 or the file exists and `force` is not given, UnsupportedError if
     the program uses ops that torch does not have, VerificationError if what was written is not the Program.
@@ -45,8 +48,10 @@ def write_pt2(program: Program, path: str | os.PathLike[str], *, force: bool = F
     _refuse_foreign(program)
     exported = to_exported(program)
     with temporary_beside(final) as temporary:
-        with temporary.open("wb") as stream:
-            _save(exported, stream)
+        with _Kept(io.FileIO(temporary, "wb")) as file:
+            _save(exported, notes(program), file)
+            if file.problem is not None:
+                raise file.problem
         del exported
         with temporary.open("rb") as stream:
             _verify(program, torch.export.load(stream))
@@ -54,9 +59,26 @@ def write_pt2(program: Program, path: str | os.PathLike[str], *, force: bool = F
     return final
 
 
-def _save(exported: torch.export.ExportedProgram, stream: BinaryIO) -> None:
+class _Kept(io.BufferedWriter):
+    """A file as torch is given it: its archive writer ends the process when a write fails, on a full disk say. So every
+    write succeeds, and the first failure is kept in `problem`."""
+
+    problem: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        if self.problem is None:
+            try:
+                return super().write(data)
+            except OSError as problem:
+                self.problem = problem
+        return len(data)
+
+
+def _save(exported: torch.export.ExportedProgram, beside: str, stream: io.BufferedWriter) -> None:
     try:
-        torch.export.save(exported, stream)
+        torch.export.save(exported, stream, extra_files={NOTES: beside})
+    except OSError:
+        raise
     except Exception as problem:  # torch's serializer meets what it does not know with errors of any type
         lines = [line for line in str(problem).splitlines() if line.strip()]
         raise UnsupportedError(

@@ -17,9 +17,11 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from laconic.codegen.onnx.shrink import shrink
+from laconic.codegen.onnx.translate import translations
 from laconic.ir.errors import UnsupportedError, VerificationError
 from laconic.ir.exported import flat_names, to_exported
-from laconic.ir.program import Entry, Program, Role
+from laconic.ir.program import Entry, Kind, Program, Role
 from laconic.ir.silence import torch_silenced
 from laconic.ir.torch_private import oldest_onnx_opset
 from laconic.ir.traits import op_name, traits
@@ -50,7 +52,7 @@ def to_onnx(program: Program, opset: int) -> ir.Model:
         raise VerificationError(
             f"torch's exporter wrote {taken} inputs and {made} outputs, expected {len(inputs)} and {len(outputs)}"
         )
-    _optimize(model)
+    _shrink(program, model)
     _separate_outputs(model)
     _name_boundary(model, inputs, outputs)
     _name_axes(program, model)
@@ -113,7 +115,14 @@ def _translate(program: Program, opset: int) -> ir.Model:
     try:
         with torch_silenced(), torch.no_grad():
             made = torch.onnx.export(
-                exported, (), dynamo=True, opset_version=opset, optimize=False, verbose=False, external_data=False
+                exported,
+                (),
+                dynamo=True,
+                opset_version=opset,
+                custom_translation_table=translations(opset),
+                optimize=False,
+                verbose=False,
+                external_data=False,
             )
     except torch.onnx.OnnxExporterError as problem:
         raise _untranslatable(program, problem) from problem
@@ -176,23 +185,10 @@ def _add_constant_outputs(model: ir.Model, entry: Entry) -> None:
         model.graph.outputs.insert(position, node.outputs[0])
 
 
-def _optimize(model: ir.Model) -> None:
-    """Constant folding and clean-up as onnxscript does it, yet a weight with several users is never folded into a
-    second copy of itself."""
-    import onnxscript.optimizer
-
-    def folds(node: ir.Node) -> bool | None:
-        return False if any(v is not None and _shared_weight(v) for v in node.inputs) else None
-
-    with torch_silenced():
-        onnxscript.optimizer.optimize_ir(model, should_fold=folds)
-
-
-def _shared_weight(value: ir.Value) -> bool:
-    """Whether this is a weight, not a mere constant, that stays beside what is folded from it."""
-    if not value.is_initializer() or len(value.uses()) + value.is_graph_output() < 2:
-        return False
-    return value.const_value is None or value.const_value.size > 16
+def _shrink(program: Program, model: ir.Model) -> None:
+    parameters = {name for name, row in program.weights.items() if row.kind is Kind.PARAMETER}
+    positive = {key for key, size in program.symbols.items() if size.low > 0}
+    shrink(model, frozenset(positive), frozenset(parameters))
 
 
 def _separate_outputs(model: ir.Model) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import os
 import re
 from collections.abc import Mapping
@@ -26,7 +27,13 @@ _FATAL = 4
 
 
 def onnxruntime() -> Any:
-    """The module. Raises MissingDependencyError if it is not installed."""
+    """The module. Raises MissingDependencyError if it is not installed, or twice."""
+    if all(map(_installed, ("onnxruntime", "onnxruntime-gpu"))):
+        raise MissingDependencyError(
+            "onnxruntime and onnxruntime-gpu are both installed, and overwrite each other",
+            why="they share one folder: which files are whose depends on which was installed last",
+            hint="pip uninstall both, then install one of the extras [cpu] and [gpu]",
+        )
     try:
         import onnxruntime as module
     except ImportError as problem:
@@ -36,6 +43,13 @@ def onnxruntime() -> Any:
             hint='pip install "laconic-compiler[cpu]"',
         ) from problem
     return module
+
+
+def _installed(package: str) -> bool:
+    try:
+        return bool(importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def _failures() -> tuple[type[Exception], ...]:
@@ -77,10 +91,13 @@ def default_opset() -> int:
     )
 
 
-def _session(model: bytes | str) -> Any:
+def _session(model: bytes | str, threads: int = 0) -> Any:
     module = onnxruntime()
     options = module.SessionOptions()
     options.log_severity_level = _FATAL
+    if threads:
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # or it takes time from others
     return module.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
@@ -90,11 +107,14 @@ class Session:
     Raises UnsupportedError if ONNX Runtime does not take the model, or fails on an input.
     """
 
-    def __init__(self, path: str | os.PathLike[str], sources: Mapping[str, str] | None = None) -> None:
-        """`sources`: the user's line behind each node, by the node's name, for error messages."""
+    def __init__(
+        self, path: str | os.PathLike[str], sources: Mapping[str, str] | None = None, threads: int = 0
+    ) -> None:
+        """`sources`: the user's line behind each node, by the node's name, for error messages. `threads`: 0 leaves
+        ONNX Runtime's choice."""
         self.failures, self.sources = _failures(), sources or {}
         try:
-            self.session = _session(os.fspath(path))
+            self.session = _session(os.fspath(path), threads)
         except self.failures as problem:
             raise self._refused("take the exported model", problem) from problem
         self.inputs = [declared.name for declared in self.session.get_inputs()]
@@ -102,15 +122,22 @@ class Session:
 
     def run(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The outputs by name, for inputs by name."""
+        found = self.run_values(self.values(inputs))
+        return {name: _to_torch(value) for name, value in zip(self.outputs, found, strict=True)}
+
+    def values(self, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """Tensors as ONNX Runtime's own values."""
         module = onnxruntime()
-        options = module.RunOptions()
+        return {name: _to_runtime(module, tensor) for name, tensor in inputs.items()}
+
+    def run_values(self, values: dict[str, Any]) -> Any:
+        """The outputs in order, all as ONNX Runtime's own values."""
+        options = onnxruntime().RunOptions()
         options.log_severity_level = _FATAL
-        values = {name: _to_runtime(module, tensor) for name, tensor in inputs.items()}
         try:
-            found = self.session.run_with_ort_values(self.outputs, values, options)
+            return self.session.run_with_ort_values(self.outputs, values, options)
         except self.failures as problem:
             raise self._refused("run the exported model", problem) from problem
-        return {name: _to_torch(value) for name, value in zip(self.outputs, found, strict=True)}
 
     def _refused(self, what: str, problem: Exception) -> UnsupportedError:
         lines = [line for line in str(problem).splitlines() if line.strip()]
