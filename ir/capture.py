@@ -24,10 +24,11 @@ from torch.export import ExportedProgram
 from laconic.ir.capture_build import build
 from laconic.ir.capture_check import Call, ModuleState, compare_with_module
 from laconic.ir.errors import FixedAxisError, LaconicError, ModelError, UnsupportedError, UsageError
+from laconic.ir.memory import pieces
 from laconic.ir.program import Program
 from laconic.ir.silence import torch_silenced
 from laconic.ir.source import user_source
-from laconic.ir.torch_private import dead_draws_kept
+from laconic.ir.torch_private import dead_draws_kept, exported_module
 from laconic.ir.types import DTYPE_NAMES
 from laconic.ir.verify import verify
 
@@ -80,6 +81,53 @@ def capture_module(
             state.restore()
             compare_with_module(program, module, Call.of(args, kwargs), state)
     return program
+
+
+def capture_exported(
+    exported: ExportedProgram,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_shapes: Any = None,
+    *,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> Program:
+    """The Program that an ExportedProgram, of whatever dialect, says, with these example inputs; it must give the bits
+    of `exported.module()`. `dynamic_shapes` names the axes that are dynamic in it, as for `capture_module`.
+
+    Weights are shared with `exported`. Raises what `capture_module` raises.
+    """
+    module = exported_module(exported)
+    _refuse_tensors(module, args, kwargs)
+    _refuse_nonfinite(module)
+    with _inference(module) as state:
+        progress("building the program")
+        program = build(module, _functional(exported, module), args, kwargs, dynamic_shapes)
+        progress("verifying types")
+        verify(program)
+        progress("comparing with the exported program")
+        try:
+            compare_with_module(program, module, Call.of(args, kwargs), state)
+        except LaconicError:
+            raise
+        except Exception as problem:  # an op's own check of sizes or values: any type
+            raise UnsupportedError(
+                "the exported program does not run on inputs drawn for it",
+                where=_culprit(problem),
+                why=_first_lines(problem),
+                hint="it is damaged, or wants values of a certain kind: capture the module itself, with example inputs",
+            ) from problem
+    return program
+
+
+def _functional(exported: ExportedProgram, module: nn.Module) -> ExportedProgram:
+    try:
+        with torch_silenced(), dead_draws_kept():
+            functional: ExportedProgram = exported.run_decompositions({})
+        return functional
+    except Exception as problem:  # torch's own passes fail with errors of any type
+        raise UnsupportedError(
+            "the exported program cannot be made functional", where=_culprit(problem), why=_first_lines(problem)
+        ) from problem
 
 
 @contextmanager
@@ -149,13 +197,11 @@ def _refuse_tensors(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 def _refuse_nonfinite(module: nn.Module) -> None:
     bad = []
     for name, parameter in module.named_parameters():
-        values = _inexact(parameter)
-        if values is not None and not bool(torch.isfinite(values).all()):
-            bad.append(f"{name}: {int((~torch.isfinite(values)).sum())} of {values.numel()} values")
+        count = _count(parameter, lambda values: ~torch.isfinite(values))
+        bad += [f"{name}: {count} of {parameter.numel()} values"] if count else []
     for name, buffer in module.named_buffers():
-        values = _inexact(buffer)
-        if values is not None and bool(values.isnan().any()):
-            bad.append(f"{name}: {int(values.isnan().sum())} of {values.numel()} values are NaN")
+        count = _count(buffer, torch.isnan)
+        bad += [f"{name}: {count} of {buffer.numel()} values are NaN"] if count else []
     if bad:
         shown = "\n".join(bad[:8]) + (f"\nand {len(bad) - 8} more" if len(bad) > 8 else "")
         raise ModelError(
@@ -165,11 +211,12 @@ def _refuse_nonfinite(module: nn.Module) -> None:
         )
 
 
-def _inexact(tensor: torch.Tensor) -> torch.Tensor | None:
-    """The values of a floating or complex tensor, in a dtype that can be looked at; None for any other."""
-    if tensor.is_floating_point() and tensor.element_size() == 1:
-        return tensor.detach().float()
-    return tensor.detach() if tensor.is_floating_point() or tensor.is_complex() else None
+def _count(tensor: torch.Tensor, fails: Callable[[torch.Tensor], torch.Tensor]) -> int:
+    """How many values of a floating or complex tensor fail a test; 0 for any other. Needs little memory."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return 0
+    narrow = tensor.is_floating_point() and tensor.element_size() == 1  # no such test of 8-bit floats
+    return sum(int(fails(part.float() if narrow else part).sum()) for part in pieces(tensor))
 
 
 def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:

@@ -37,6 +37,14 @@ def refuse_existing(path: str | os.PathLike[str], force: bool) -> None:
         raise UsageError(f"{os.fspath(path)} exists already", hint="choose another name, or add --force to replace it")
 
 
+def read_text(path: Path) -> str:
+    """The text of a file. Raises FileNotFoundError if there is none, OSError for what is something else (a pipe would
+    be waited for), UnicodeDecodeError if it is not UTF-8."""
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is no file")
+    return path.read_text(encoding="utf-8")
+
+
 @contextmanager
 def temporary_beside(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A name in the folder of `path` (made if need be) under which nothing exists yet, on the same file system.
@@ -49,6 +57,10 @@ def temporary_beside(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = final.parent / _temporary_name(final)
     try:
         yield temporary
+    except OSError as problem:
+        if problem.filename is None:  # as of a write to a full disk
+            problem.filename = os.fspath(final)
+        raise
     finally:
         _remove(temporary)
 

@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import json
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,14 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from laconic.ir.errors import MissingDependencyError, ModelError, UnsupportedError, UsageError, did_you_mean
+from laconic.ir.errors import (
+    LaconicError,
+    MissingDependencyError,
+    ModelError,
+    UnsupportedError,
+    UsageError,
+    did_you_mean,
+)
 from laconic.ir.source_model import Source
 from laconic.ir.weight_files import common_dtype, listed, read_json, read_tensors
 
@@ -31,7 +39,10 @@ __all__ = ["Source", "load_folder", "load_model", "longest_sequence"]
 log = logging.getLogger(__name__)
 
 _BATCH, _SEQUENCE, _DECODER_SEQUENCE = 3, 7, 5
+_PROPORTION = 16
+_MOST = 1_000_000  # of layers, labels, experts and what else a configuration counts
 _IMAGE_SIZE = 224  # where the configuration names none: what image classifiers are trained at
+_COUNTS = re.compile(r"num_|n_|layer|depth|label|expert|block|stage", re.IGNORECASE)
 _CALLABLE = "write a function that returns the module and its example inputs, and pass package.module:callable"
 
 
@@ -159,7 +170,10 @@ def load_model(path: Path) -> Any:
         tensors = read_tensors(path)
         dtype = common_dtype(path, tensors)
         try:
-            model, info = _build(class_, config, tensors, dtype)
+            with _no_larger_than(tensors, path):
+                model, info = _build(class_, config, tensors, dtype)
+        except LaconicError:
+            raise
         except Exception as problem:
             raise ModelError(
                 f"transformers cannot build {class_.__name__} from this folder",
@@ -190,6 +204,36 @@ def _build(
             trust_remote_code=False,
             local_files_only=True,
         )
+
+
+@contextmanager
+def _no_larger_than(tensors: dict[str, torch.Tensor], path: Path) -> Iterator[None]:
+    """Raise ModelError from within the building of a model that is out of proportion to its files: it would take all
+    memory, or for ever. Sharing makes a model name a tensor several times, and buffers may be in no file."""
+    count, size = 0, 0
+    most_count = _PROPORTION * len(tensors) + 10_000
+    most_size = _PROPORTION * sum(t.numel() for t in tensors.values()) + (1 << 26)
+
+    def weigh(module: nn.Module, name: str, tensor: torch.Tensor | None) -> None:
+        nonlocal count, size
+        count, size = count + 1, size + (0 if tensor is None else tensor.numel())
+        if count > most_count or size > most_size:
+            raise ModelError(
+                "config.json describes a far larger model than the files hold",
+                where=str(path / "config.json"),
+                why=f"at least {count} tensors of {size} values; the files hold {len(tensors)}",
+                hint="a number in config.json is damaged, or the files belong to another model",
+            )
+
+    hooks = [
+        torch.nn.modules.module.register_module_parameter_registration_hook(weigh),
+        torch.nn.modules.module.register_module_buffer_registration_hook(weigh),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager
@@ -260,6 +304,7 @@ def _architecture(path: Path, data: dict[str, Any]) -> tuple[Any, Any]:
             why=f"transformers {version} knows {len(types)} types{own}",
             hint=did_you_mean(str(kind), close) or f"a newer transformers may know it; else {_CALLABLE}",
         )
+    _refuse_absurd(path, data)
     try:
         maker = transformers.AutoConfig if kind else class_.config_class
         config = maker.from_pretrained(path, local_files_only=True, **({"trust_remote_code": False} if kind else {}))
@@ -277,6 +322,21 @@ def _architecture(path: Path, data: dict[str, Any]) -> tuple[Any, Any]:
     if name and not known:
         log.warning("%s: transformers has no %r; loading %s", path, name, class_.__name__)
     return class_, config
+
+
+def _refuse_absurd(path: Path, data: dict[str, Any]) -> None:
+    """Counts that no model has, but that a configuration would make a list of."""
+    pending: list[tuple[str, Any]] = list(data.items())
+    while pending:
+        key, value = pending.pop()
+        if isinstance(value, (dict, list)):
+            pending += value.items() if isinstance(value, dict) else [(key, item) for item in value]
+        elif isinstance(value, int) and value > _MOST and _COUNTS.search(key):
+            raise ModelError(
+                f"config.json has {key} = {value}",
+                where=str(path / "config.json"),
+                hint="that number is damaged: copy the file again",
+            )
 
 
 def _drawn(class_: Any, config: Any, tensors: dict[str, torch.Tensor], dtype: torch.dtype, model: Any) -> set[str]:

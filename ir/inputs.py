@@ -69,7 +69,7 @@ def draw(program: Program, entry: Entry, sizes: dict[str, int], seed: int, *, wi
         kind = type_of(node.meta["val"])
         assert isinstance(kind, TensorType)
         shape = [_size(s, by_name) for s in kind.shape]
-        tensor = _values(declared, kind.dtype, shape, generator, wide).to(kind.device)
+        tensor = draw_values(declared, kind.dtype, shape, generator, wide).to(kind.device)
         if not kind.contiguous:
             strided = torch.empty_strided(
                 shape, [_size(s, by_name) for s in kind.stride], dtype=kind.dtype, device=kind.device
@@ -85,9 +85,10 @@ def _size(size: int | sympy.Expr, values: dict[str, int]) -> int:
     return int(size.xreplace({s: sympy.Integer(values[s.name]) for s in size.free_symbols}))
 
 
-def _values(
-    declared: Input, dtype: torch.dtype, shape: list[int], generator: torch.Generator, wide: bool
+def draw_values(
+    declared: Input, dtype: torch.dtype, shape: list[int], generator: torch.Generator, wide: bool = False
 ) -> torch.Tensor:
+    """A contiguous tensor drawn from an input's range, or from beyond it if `wide`."""
     low, high = declared.low, declared.high
     if dtype.is_floating_point or dtype.is_complex:
         return _floats(low, high, dtype, shape, generator, wide)

@@ -10,6 +10,8 @@ import sympy
 import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.functions import CeilToInt, CleanDiv, FloorDiv, Max, Min, Mod, PythonMod
 from torch.utils._sympy.numbers import int_oo
@@ -87,8 +89,8 @@ def is_symbolic(value: Any) -> bool:
 
 
 def fake_tensor(mode: FakeTensorMode, shape: Any, stride: Any, dtype: torch.dtype, device: str) -> torch.Tensor:
-    """A fake tensor with these sizes, given as ints and sympy expressions."""
-    with mode:
+    """A fake tensor with these sizes, given as ints and sympy expressions. No guard is added."""
+    with quiet(mode):
         return torch.empty_strided(
             tuple(sym_int(mode, s) for s in shape),
             tuple(sym_int(mode, s) for s in stride),
@@ -176,3 +178,36 @@ def oldest_onnx_opset() -> int:
     from torch.onnx._internal.exporter import _constants
 
     return int(_constants.TORCHLIB_OPSET)
+
+
+def stored_dtypes() -> dict[int, torch.dtype]:
+    """The dtypes of tensors in a .pt2, by the numbers that it has for them."""
+    from torch._export.serde.serialize import _SERIALIZE_TO_TORCH_DTYPE
+
+    return {int(number): dtype for number, dtype in _SERIALIZE_TO_TORCH_DTYPE.items()}
+
+
+def read_exported(data: dict[str, Any], state: dict[str, Any], constants: dict[str, Any]) -> ExportedProgram:
+    """An exported program from its graph, as the JSON of a .pt2, and its tensors. Strings in the JSON are evaluated:
+    `laconic.ir.pt2_graph` sees to it that they are harmless. Raises errors of any type."""
+    from torch._export.serde import schema
+    from torch._export.serde.serialize import ExportedProgramDeserializer, _dict_to_dataclass
+
+    graph = _dict_to_dataclass(schema.ExportedProgram, data)  # type: ignore[no-untyped-call]
+    return ExportedProgramDeserializer().deserialize(graph, state, constants, None)
+
+
+def exported_module(exported: ExportedProgram) -> GraphModule:
+    """An exported program as a module that computes with its tensors, without guards; `eval` is as for any module."""
+    module = exported.module(check_guards=False)
+    for name in ("train", "eval"):  # torch makes these raise
+        vars(module).pop(name, None)
+    return module
+
+
+def record_onnx_node(node: Any) -> None:
+    """Add an onnx_ir node to what torch's exporter is recording, while it calls a translation."""
+    from onnxscript import evaluator
+
+    recorder: Any = evaluator.default()
+    recorder.nodes.append(node)

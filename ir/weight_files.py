@@ -1,5 +1,5 @@
-"""The safetensors files of a folder, read with their sizes checked first, so that an error names the file and says
-what is wrong with it. Pickled weights are never read.
+"""The weights of a Hugging Face folder: one safetensors file, or those that an index names. An error names the file and
+says what is wrong with it. Pickled weights are never read.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from laconic.ir.errors import ModelError, UnsupportedError
-from laconic.ir.memory import aligned
+from laconic.ir.files import read_text
+from laconic.ir.tensor_file import TensorFile
 
 log = logging.getLogger(__name__)
 
+WHOLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 
 
@@ -39,24 +40,48 @@ def read_json_list(path: Path, why: str) -> list[dict[str, Any]]:
 
 def _parsed(path: Path, why: str) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except FileNotFoundError as problem:
         raise ModelError(f"{path} is missing", why=why) from problem
-    except (ValueError, OSError) as problem:
+    except (ValueError, OSError, RecursionError) as problem:
         raise ModelError(f"{path} cannot be read as JSON", why=str(problem), hint="copy the file again") from problem
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the folder by name. Raises ModelError for files missing or damaged."""
+    """All tensors of the folder by name, on 64-byte boundaries; large ones that lie on one in the file are mapped.
+
+    Raises ModelError for files missing or damaged, for a tensor that stands in two files, and for one that is not in
+    the file that the index names.
+    """
     tensors: dict[str, torch.Tensor] = {}
+    homes: dict[str, str] = {}
     for file in weight_files(path):
-        check_size(file)
-        try:
-            # A mapped file starts its tensors anywhere; kernels are faster on a boundary, and round in one way there.
-            tensors.update({name: aligned(tensor) for name, tensor in load_file(file).items()})
-        except (SafetensorError, OSError, ValueError) as problem:
-            raise _damaged(file, str(problem)) from problem
+        with TensorFile(file) as opened:
+            twice = sorted(set(homes) & set(opened.stored))
+            if twice:
+                raise ModelError(
+                    f"{len(twice)} tensors stand in two files of {path}",
+                    why=listed([f"{name}: {homes[name]} and {file.name}" for name in twice]),
+                    hint="remove the file that does not belong there",
+                )
+            homes.update(dict.fromkeys(opened.stored, file.name))
+            tensors.update({name: opened.read(name) for name in opened.stored})
+    _hold_to_index(path, homes)
     return tensors
+
+
+def _hold_to_index(path: Path, homes: dict[str, str]) -> None:
+    if (path / WHOLE).exists():
+        return
+    table = _weight_map(path / INDEX)
+    wrong = [f"{name}: not in {file}" for name, file in sorted(table.items()) if homes.get(name) != file]
+    if wrong:
+        raise ModelError(
+            f"{len(wrong)} tensors are not where the index says",
+            where=str(path / INDEX),
+            why=listed(wrong),
+            hint="the index and the files belong to different models: copy both again",
+        )
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -64,18 +89,15 @@ def weight_files(path: Path) -> list[Path]:
 
     Raises ModelError if there are none or some are missing, UnsupportedError if there are only pickled ones.
     """
-    whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    whole, index = path / WHOLE, path / INDEX
     if whole.exists():
         return [whole]
     if index.exists():
-        table = read_json(index, "it names the shards").get("weight_map")
-        if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()) or not table:
-            raise ModelError(f"{index} has no weight_map", why="it maps each tensor's name to a file of the folder")
-        names = sorted(set(table.values()))
+        names = sorted(set(_weight_map(index).values()))
         outside = [n for n in names if Path(n).name != n or not n.endswith(".safetensors")]
         if outside:
             raise ModelError(f"{index} names files that are no shards", why=listed(outside))
-        missing = [n for n in names if not (path / n).exists()]
+        missing = [n for n in names if not (path / n).is_file()]
         if missing:
             raise ModelError(
                 f"{len(missing)} of {len(names)} shards are missing in {path}",
@@ -101,29 +123,12 @@ def weight_files(path: Path) -> list[Path]:
     raise ModelError(f"{path} holds no weights", why="no model.safetensors", hint="save_pretrained() writes it")
 
 
-def check_size(file: Path) -> None:
-    """Compare a file's size with what its header announces: 8 bytes of length, the header, then the tensors."""
-    found = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        if start == b"version ":
-            raise _damaged(file, "it is a Git LFS pointer, not the weights", "git lfs pull")
-        header = int.from_bytes(start, "little")
-        if len(start) < 8 or 8 + header > found:
-            wanted = f"{8 + header}" if len(start) == 8 else "8"
-            raise _damaged(file, f"expected at least {wanted} bytes, found {found}")
-        try:
-            table = json.loads(stream.read(header))
-            ends = [entry["data_offsets"][1] for name, entry in table.items() if name != "__metadata__"]
-            expected = 8 + header + max(ends, default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as problem:
-            raise _damaged(file, f"its header is no safetensors header ({problem})") from problem
-    if expected != found:
-        raise _damaged(file, f"expected {expected} bytes, found {found}")
-
-
-def _damaged(file: Path, why: str, hint: str = "copy or download the file again") -> ModelError:
-    return ModelError(f"{file.name} is damaged or cut short", where=str(file), why=why, hint=hint)
+def _weight_map(index: Path) -> dict[str, str]:
+    """Each tensor's file, as the index of a folder with several says."""
+    table = read_json(index, "it names the shards").get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()) or not table:
+        raise ModelError(f"{index} has no weight_map", why="it maps each tensor's name to a file of the folder")
+    return table
 
 
 def common_dtype(path: Path, tensors: dict[str, torch.Tensor]) -> torch.dtype:

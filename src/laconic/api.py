@@ -119,10 +119,13 @@ def load(path: str | Path, *, allow_unverified: bool = False) -> Runnable:
     return Runnable(artefact.load_program(path, allow_unverified=allow_unverified))
 
 
-def export_onnx(program: Program, path: str | Path, *, opset: int | None = None, force: bool = False) -> OnnxReport:
+def export_onnx(
+    program: Program, path: str | Path, *, opset: int | None = None, functions: bool = False, force: bool = False
+) -> OnnxReport:
     """Write an ONNX file with the program's names, dtypes and dynamic axes, checked in ONNX Runtime before it is put in
-    place. Raises UnsupportedError for what ONNX cannot say, MissingDependencyError without ONNX Runtime."""
-    return write_onnx(program, Path(path), opset=opset, force=force)
+    place. With `functions`, repeated blocks are written once, as local functions. Raises UnsupportedError for what ONNX
+    cannot say, MissingDependencyError without ONNX Runtime."""
+    return write_onnx(program, Path(path), opset=opset, functions=functions, force=force)
 
 
 def export_pt2(program: Program, path: str | Path, *, force: bool = False) -> None:

@@ -22,11 +22,11 @@ import yaml
 
 from laconic.formats import FORMATS
 from laconic.ir.errors import LaconicError, ModelError, UsageError, VerificationError, did_you_mean
-from laconic.ir.files import place_directory, refuse_existing, temporary_beside
+from laconic.ir.files import place_directory, read_text, refuse_existing, temporary_beside
 from laconic.ir.inputs import cases
 from laconic.ir.outcomes import SEED, Outcomes
 from laconic.ir.program import Program
-from laconic.ir.store import PROGRAM, WEIGHTS, read_program, write_program
+from laconic.ir.store import PROGRAM, WEIGHTS, read_back, read_program, write_program
 from laconic.passes.base import Contract, Plan
 from laconic.passes.contracts import check
 from laconic.passes.ledger import Ledger
@@ -75,7 +75,7 @@ def save(
             write_plan(plan, temporary / "plans", number)
         (temporary / LEDGER).write_text(json.dumps(ledger.to_json(), indent=1) + "\n", encoding="utf-8")
         progress("reading it back")
-        _compare(program, read_program(temporary))
+        _compare(program, read_back(temporary, program))
         for name in dict.fromkeys(formats):
             EXPORTS[name](program, temporary, progress)
         _write_recipe(ledger, seed, temporary)
@@ -112,7 +112,7 @@ def load_program(path: str | Path, *, allow_unverified: bool = False) -> Program
 def read_recipe(folder: Path) -> dict[str, Any]:
     """The recipe of a DIR. Raises ModelError if there is none, it is damaged, or of a format that is not known."""
     try:
-        recipe = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
+        recipe = yaml.safe_load(read_text(folder / RECIPE))
         if not isinstance(recipe, dict) or type(recipe["format"]) is not int:
             raise TypeError("it names no format")
         if recipe["format"] == FORMAT:  # another one may say the rest otherwise
@@ -150,7 +150,8 @@ def _write_recipe(ledger: Ledger, seed: int, folder: Path) -> None:
         "format": FORMAT,
         "model": ledger.model,
         "pipeline": ledger.pipeline,
-        "passes": [row.spec for row in ledger.rows],
+        "passes": [row.spec for row in ledger.rows if not row.skipped],
+        "skipped": [{"pass": row.spec, "reason": row.reason} for row in ledger.rows if row.skipped],
         "seed": seed,
         "calibration": None,
         "verified": ledger.verified,

@@ -18,6 +18,7 @@ from torch.export import Dim
 from laconic.ir.capture import capture_module
 from laconic.ir.errors import LaconicError, MissingDependencyError, ModelError, UnsupportedError, UsageError
 from laconic.ir.hf import load_folder, load_model
+from laconic.ir.tensor_file import write_tensors
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -255,6 +256,38 @@ def test_config_that_builds_nothing(folder: Path) -> None:
     refused(ModelError, folder, "cannot build BertModel", "ValueError")
     edit_config(folder, num_attention_heads="many")
     refused(UnsupportedError, folder, "num_attention_heads")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000"),
+        ({"num_labels": 10**12}, "num_labels = 1000000000000"),
+        ({"num_hidden_layers": 10**5}, "far larger model"),
+        ({"hidden_size": 40 * 10**4}, "far larger model"),
+        ({"vocab_size": 10**10}, "far larger model"),
+    ],
+)
+def test_absurd_sizes_cost_nothing(folder: Path, change: dict[str, int], said: str) -> None:
+    edit_config(folder, **change)
+    refused(ModelError, folder, said, "config.json")
+
+
+def test_weights_are_aligned_and_mapped_where_they_can_be(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    wide = hf.BertModel(hf.BertConfig(**{**SMALL, "vocab_size": 20000}, max_position_embeddings=48))
+    path = save(wide, tmp_path / "wide")
+    model = load_model(path)
+    assert all(p.data_ptr() % 64 == 0 for p in model.parameters())
+    tensors = {k: v.clone() for k, v in load_file(path / "model.safetensors").items()}
+    write_tensors(path / "model.safetensors", tensors, {"format": "pt"})
+    again = load_model(path)
+    assert str(path / "model.safetensors") in Path("/proc/self/maps").read_text()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    before = (path / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        again.embeddings.word_embeddings.weight.zero_()
+    assert (path / "model.safetensors").read_bytes() == before
 
 
 def test_quantised(folder: Path) -> None:
