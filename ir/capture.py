@@ -96,37 +96,36 @@ def capture_exported(
 
     Weights are shared with `exported`. Raises what `capture_module` raises.
     """
-    module = exported_module(exported)
+    with _unsupported("the exported program cannot be made a module"):
+        module = exported_module(exported)
     _refuse_tensors(module, args, kwargs)
     _refuse_nonfinite(module)
     with _inference(module) as state:
         progress("building the program")
-        program = build(module, _functional(exported, module), args, kwargs, dynamic_shapes)
+        with _unsupported("the exported program cannot be made functional"), torch_silenced(), dead_draws_kept():
+            functional = exported.run_decompositions({})
+        program = build(module, functional, args, kwargs, dynamic_shapes)
         progress("verifying types")
         verify(program)
         progress("comparing with the exported program")
-        try:
+        with _unsupported("the exported program does not run on inputs drawn for it"):
             compare_with_module(program, module, Call.of(args, kwargs), state)
-        except LaconicError:
-            raise
-        except Exception as problem:  # an op's own check of sizes or values: any type
-            raise UnsupportedError(
-                "the exported program does not run on inputs drawn for it",
-                where=_culprit(problem),
-                why=_first_lines(problem),
-                hint="it is damaged, or wants values of a certain kind: capture the module itself, with example inputs",
-            ) from problem
     return program
 
 
-def _functional(exported: ExportedProgram, module: nn.Module) -> ExportedProgram:
+@contextmanager
+def _unsupported(what: str) -> Iterator[None]:
+    """Say of an exported program what failed: torch's own passes, and its ops' checks, raise errors of any type."""
     try:
-        with torch_silenced(), dead_draws_kept():
-            functional: ExportedProgram = exported.run_decompositions({})
-        return functional
-    except Exception as problem:  # torch's own passes fail with errors of any type
+        yield
+    except LaconicError:
+        raise
+    except Exception as problem:
         raise UnsupportedError(
-            "the exported program cannot be made functional", where=_culprit(problem), why=_first_lines(problem)
+            what,
+            where=_culprit(problem),
+            why=_first_lines(problem),
+            hint="it is damaged, or wants values of a certain kind: capture the module itself, with example inputs",
         ) from problem
 
 
@@ -215,8 +214,13 @@ def _count(tensor: torch.Tensor, fails: Callable[[torch.Tensor], torch.Tensor]) 
     """How many values of a floating or complex tensor fail a test; 0 for any other. Needs little memory."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return 0
-    narrow = tensor.is_floating_point() and tensor.element_size() == 1  # no such test of 8-bit floats
-    return sum(int(fails(part.float() if narrow else part).sum()) for part in pieces(tensor))
+    narrow = tensor.is_floating_point() and tensor.element_size() < 4  # 8-bit floats have no tests or sums
+    count = 0
+    for part in pieces(tensor):
+        wide = part.float() if narrow else part
+        if not torch.isfinite(wide.sum()):  # else every value is finite
+            count += int(fails(wide).sum())
+    return count
 
 
 def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:

@@ -21,6 +21,7 @@ from torch import nn
 
 from laconic.ir.errors import LaconicError, ModelError, UnsupportedError
 from laconic.ir.memory import as_bytes, from_file, pieces
+from laconic.ir.pt2_graph import is_weight_name
 from laconic.ir.torch_private import stored_dtypes
 
 _PLAIN = re.compile(r"[\w.-]+", re.ASCII)
@@ -204,6 +205,8 @@ def _tensors(members: _Members, what: str, model: str) -> dict[str, torch.Tensor
             member, pickled, meta = entry["path_name"], entry["use_pickle"], entry["tensor_meta"]
             if pickled is not False or meta is None:
                 raise _pickled(members, what, name)
+            if not is_weight_name(name):
+                raise members.damaged(f"{name!r} is no name of a weight")
             if not isinstance(member, str) or not _PLAIN.fullmatch(member):
                 raise members.damaged(f"{name!r} lies in {member!r}, which is no name of a member")
             if member not in storages:

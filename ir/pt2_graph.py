@@ -69,6 +69,11 @@ class Graph:
     returned: str
 
 
+def is_weight_name(name: object) -> bool:
+    """Whether something is a name that a weight may have: words, dots, dashes."""
+    return isinstance(name, str) and _WEIGHT.fullmatch(name) is not None
+
+
 def harmless(data: Json, where: str) -> Graph:
     """The graph of a .pt2, as its JSON, with nothing in it that torch would run.
 
@@ -134,7 +139,7 @@ class _Graph:
             if value is not None and value != "" and not (isinstance(value, str) and value.isidentifier()):
                 self._damaged(f"{value!r} is no name")
         elif key in ("parameter_name", "buffer_name", "tensor_constant_name"):
-            if not isinstance(value, str) or not _WEIGHT.fullmatch(value):
+            if not is_weight_name(value):
                 self._damaged(f"{value!r} is no name of a weight")
         elif key in ("target", "as_operator"):
             self._op(value)

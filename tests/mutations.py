@@ -29,7 +29,7 @@ MEMORY = 16 << 30
 #: What is damaged, and which file of which model it is.
 FORMATS: dict[str, tuple[str, str]] = {
     ".pt2": ("model.pt2", ""),
-    "graph of .pt2": ("model.pt2", "model.pt2"),
+    "text in .pt2": ("model.pt2", "model.pt2"),
     ".onnx": ("model.onnx", ""),
     "config.json": ("hf", "config.json"),
     "model.safetensors": ("hf", "model.safetensors"),
@@ -38,7 +38,13 @@ FORMATS: dict[str, tuple[str, str]] = {
     "weights.safetensors": ("dump", "weights.safetensors"),
     "recipe.yaml": ("saved", "recipe.yaml"),
 }
-GRAPH = "archive/models/model.json"
+_TEXTS = (
+    "archive/models/model.json",
+    "archive/models/model.json",
+    "archive/data/weights/model_weights_config.json",
+    "archive/data/constants/model_constants_config.json",
+    "archive/extra/laconic.json",
+)
 
 
 def write_models(folder: Path) -> None:
@@ -137,18 +143,19 @@ def damaged(folder: Path, form: str, number: int, target: Path) -> Path:
     rng = random.Random(f"{form} {number}")
     model, file = FORMATS[form]
     source = folder / model
-    if form == "graph of .pt2":
+    if form == "text in .pt2":
+        victim = rng.choice(_TEXTS)
         with zipfile.ZipFile(source) as old, zipfile.ZipFile(target / model, "w") as new:
             for name in old.namelist():
                 content = old.read(name)
-                new.writestr(name, mutate(content, rng) if name == GRAPH else content)
+                new.writestr(name, mutate(content, rng) if name == victim else content)
         return target / model
     if source.is_dir():
         shutil.copytree(source, target / model)
     else:
         shutil.copy(source, target / model)
-    victim = target / model / file if file else target / model
-    victim.write_bytes(mutate(victim.read_bytes(), rng))
+    spoilt = target / model / file if file else target / model
+    spoilt.write_bytes(mutate(spoilt.read_bytes(), rng))
     return target / model
 
 

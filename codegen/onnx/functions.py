@@ -19,7 +19,8 @@ from laconic.ir.signature import Interner
 
 #: The domain of the functions.
 DOMAIN = "laconic"
-_PRODUCTS = ("MatMul", "Gemm", "Conv", "Attention")
+#: Ops with which layers begin.
+_OF_LAYERS = ("Attention", "Conv", "Gemm", "LayerNormalization", "MatMul", "RMSNormalization", "ReduceMean")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def inlined_nodes(model: ir.Model) -> int:
 
 def outline(model: ir.Model) -> None:
     """Put calls of local functions in place of repeated blocks, in place. Leaves a model without repeats as it is."""
-    order_by_products(model.graph)
+    put_shared_first(model.graph)
     nodes = list(model.graph)
     worthwhile = [r for r in find_repeats(list_graph(model.graph)) if r.saved > r.count]  # each call is a node, too
     for number, repeat in enumerate(worthwhile):
@@ -56,19 +57,26 @@ def outline(model: ir.Model) -> None:
         model.opset_imports[DOMAIN] = 1
 
 
-def order_by_products(graph: ir.Graph) -> None:
-    """Move what no product of matrices leads to (masks, positions, embeddings) to the front, else as it was.
+def put_shared_first(graph: ir.Graph) -> None:
+    """Move to the front what no layer leads to and several nodes read, with what it is made from; else all stays.
 
-    Such nodes serve all layers, but stand where the first one reads them, which would then differ from the others.
+    Masks, positions and rotary tables serve all layers, but stand where the first one reads them, which would then
+    differ from the others.
     """
-    heavy: set[ir.Node | None] = set()
-    for node in graph:
-        subgraphs = any(_graphs(given) for given in node.attributes.values())
-        if subgraphs or node.op_type in _PRODUCTS or any(v is not None and v.producer() in heavy for v in _read(node)):
-            heavy.add(node)
     nodes = list(graph)
+    inside: set[ir.Node | None] = set()
+    for node in nodes:
+        subgraphs = any(_graphs(given) for given in node.attributes.values())
+        made = any(v is not None and v.producer() in inside for v in _read(node))
+        if made or subgraphs or node.op_type in _OF_LAYERS:
+            inside.add(node)
+    early: set[ir.Node] = set()
+    for node in reversed(nodes):
+        users = [user for value in node.outputs for user, _ in value.uses()]
+        if node not in inside and (len(users) > 1 or not early.isdisjoint(users)):
+            early.add(node)
     graph.remove(nodes)
-    graph.extend([node for node in nodes if node not in heavy] + [node for node in nodes if node in heavy])
+    graph.extend([node for node in nodes if node in early] + [node for node in nodes if node not in early])
 
 
 def _read(node: ir.Node) -> list[ir.Value | None]:
@@ -96,14 +104,14 @@ def list_graph(graph: ir.Graph) -> Listing:
     signatures, operands = [], []
     for k, node in enumerate(nodes):
         own = k if any(_graphs(given) for given in node.attributes.values()) else None
-        signatures.append(number((_signature(node, position), own)))
+        signatures.append(number((_signature(node), own)))
         operands.append(tuple(position.get(value, value) for value in _read(node) if value is not None))
 
     def kind(operand: Operand) -> Hashable:
         if isinstance(operand, int):
             return tuple(_type(value) for value in nodes[operand].outputs)
         assert isinstance(operand, ir.Value)
-        return _type(operand)
+        return (_type(operand),)
 
     return Listing(
         signatures,
@@ -118,10 +126,10 @@ def _type(value: ir.Value) -> Hashable:
     return (str(value.type), sizes(value))
 
 
-def _signature(node: ir.Node, position: dict[ir.Value, int]) -> Hashable:
+def _signature(node: ir.Node) -> Hashable:
     """What a node says: op, attributes, types of its results, and which result of another node each operand is."""
     attributes = tuple(sorted((name, _content(given)) for name, given in node.attributes.items()))
-    read = tuple(None if v is None else v.index() if v in position else "value" for v in node.inputs)
+    read = tuple(None if value is None else value.index() or 0 for value in node.inputs)
     return (node.op_identifier(), attributes, read, tuple(_type(value) for value in node.outputs))
 
 

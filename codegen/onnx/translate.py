@@ -51,10 +51,11 @@ def attention(
     """softmax(q @ k^T * scale + mask) @ v, for q [..., L, E], k [..., S, E] and v [..., S, D].
 
     As `Attention` where the opset has it and the operands are 4-D; its mask is expanded to [..., L, S], since ONNX
-    Runtime takes none that it would have to broadcast over queries. Otherwise in single ops: one scale, on q, which is smaller
-    than the scores and can often be folded into a weight; k transposed once. Masked scores are lowered by half the
-    greatest finite number, which leaves nothing of them after the softmax and cannot overflow, and rows in which all is
-    masked, where torch returns zeros, are multiplied by zero. What depends on the mask alone is merged over the layers.
+    Runtime takes none that it would have to broadcast over queries. Otherwise in single ops: one scale, on q, which is
+    smaller than the scores and can often be folded into a weight; k transposed once. Masked scores are lowered by half
+    the greatest finite number, which leaves nothing of them after the softmax and cannot overflow, and rows in which
+    all is masked, where torch returns zeros, are multiplied by zero. What depends on the mask alone is merged over the
+    layers later.
 
     Raises ValueError for dropout.
     """
@@ -95,8 +96,8 @@ def _takes_attention(query: ir.Value, key: ir.Value, value: ir.Value, grouped: b
 
 
 def _floored(op: Any, mask: ir.Value) -> ir.Value:
-    """The mask with what is finite, if added, far from the least number, which ONNX Runtime takes for -inf: rows full of
-    it would be zeros, and are means."""
+    """A mask that is added, its finite numbers kept away from the least one, which ONNX Runtime takes for -inf: rows
+    full of it would come out as zeros, where they are means."""
     if mask.dtype == ir.DataType.BOOL:
         return mask
     assert mask.dtype is not None
