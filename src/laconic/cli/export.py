@@ -29,6 +29,9 @@ def export(
     opset: Annotated[
         int | None, typer.Option("--opset", min=1, help="ONNX opset; default: the newest that runs.")
     ] = None,
+    functions: Annotated[
+        bool, typer.Option("--functions", help="Repeated blocks once, as ONNX local functions.")
+    ] = False,
     force: Force = False,
     json: Json = False,
     threads: Threads = 0,
@@ -40,8 +43,8 @@ def export(
     kind = output.suffix
     if kind not in (".onnx", ".pt2"):
         raise UsageError(f"{output} does not say what to write", hint="name it F.onnx or F.pt2")
-    if kind == ".pt2" and opset is not None:
-        raise UsageError("--opset is for ONNX")
+    if kind == ".pt2" and (opset is not None or functions):
+        raise UsageError(f"{'--opset' if opset is not None else '--functions'} is for ONNX")
     refuse_early(output, force)
     with display(quiet, verbose, no_progress, threads) as shown:
         from laconic.cli.report import export_report
@@ -52,7 +55,7 @@ def export(
         program = program_of(model, shown.stage)
         data: dict[str, Any] = {"schema": 1, "model": model, "path": str(output), "format": kind[1:]}
         if kind == ".onnx":
-            report = write_onnx(program, output, opset=opset, force=force, progress=shown.stage)
+            report = write_onnx(program, output, opset=opset, functions=functions, force=force, progress=shown.stage)
             data.update({k: v for k, v in asdict(report).items() if k not in ("path", "data_path")})
         else:
             shown.stage("writing and checking")

@@ -104,7 +104,8 @@ def evaluation_report(data: dict[str, Any]) -> None:
 
 def export_report(data: dict[str, Any]) -> None:
     console().print(f"{data['path']} is written and checked")
-    shown = {k: v for k, v in data.items() if k in ("opset", "ir_version", "nodes", "bytes", "checks")}
+    said = ["opset", "ir_version", "nodes", *(["functions", "calls", "stored_nodes"] if data.get("functions") else [])]
+    shown = {k: v for k, v in data.items() if k in (*said, "bytes", "checks")}
     for key, value in shown.items():
         console().print(f"  {key}: {value}", soft_wrap=True)
 
