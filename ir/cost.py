@@ -8,12 +8,13 @@ product counts the rows that are routed, an attention all pairs of queries and k
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
 from torch import fx
+from torch.utils.flop_counter import flop_registry
 
 from laconic.ir.errors import UsageError, did_you_mean
 from laconic.ir.outline import inline
@@ -64,11 +65,17 @@ def flops_at(program: Program, sizes: Mapping[str, int] | None = None) -> int:
 
 
 def measure_at(program: Program, sizes: Mapping[str, int] | None = None) -> Measure:
-    """What a size of this program is at these sizes. Raises UsageError for the name of no dynamic size."""
-    names = {symbol.name for symbol in program.symbols.values()}
-    for name in sizes or {}:
-        if name not in names:
-            raise UsageError(f"the model has no dynamic size {name!r}", hint=did_you_mean(name, names))
+    """What a size of this program is at these sizes. Raises UsageError for the name of no dynamic size, and for a size
+    that is out of its range."""
+    symbols = {symbol.name: symbol for symbol in program.symbols.values()}
+    for name, given in (sizes or {}).items():
+        if name not in symbols:
+            raise UsageError(f"the model has no dynamic size {name!r}", hint=did_you_mean(name, symbols))
+        low, high = symbols[name].low, symbols[name].high
+        if given < low or (high is not None and given > high):
+            raise UsageError(
+                f"{name}={given} is out of range", why=f"{name} is in [{low}, {'inf' if high is None else high}]"
+            )
     values = {key: (sizes or {}).get(symbol.name, symbol.hint) for key, symbol in program.symbols.items()}
     known: dict[Any, int] = {}
 
@@ -117,7 +124,7 @@ def _cost(entry: Entry, measure: Measure) -> Cost:
         found = NodeCost(node, flops_of(node, measure), pointwise_of(node, measure))
         if found.flops != 0 or found.pointwise != 0:
             nodes.append(found)
-        if op_name(node.target) in _UNCOUNTED:
+        if _is_uncounted(op_name(node.target)):
             uncounted.add(op_name(node.target))
     return Cost(_sum(n.flops for n in nodes), _sum(n.pointwise for n in nodes), tuple(nodes), tuple(sorted(uncounted)))
 
@@ -166,16 +173,31 @@ def _attention(node: fx.Node, shape: Callable[[Any], Shape]) -> Any:
     return 2 * _product(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
+def einsum_subscripts(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
+    """The subscripts of each operand and of the result, written out: a character for each axis, those that an ellipsis
+    stands for included (their own, aligned on the right), and the result's where the equation leaves it out."""
+    inputs, arrow, result = equation.replace(" ", "").partition("->")
+    subscripts = inputs.split(",")
+    letters = "".join(subscripts).replace("...", "")
+    counts = [rank - len(s) + 3 if "..." in s else 0 for s, rank in zip(subscripts, ranks, strict=True)]
+    dots = "".join(chr(ord("\u0100") + k) for k in range(max(counts)))  # no letter that an equation can have
+    if not arrow:
+        result = "..." + "".join(c for c in sorted(set(letters)) if letters.count(c) == 1)
+    written = [s.replace("...", dots[len(dots) - n :]) for s, n in zip(subscripts, counts, strict=True)]
+    return written, result.replace("...", dots)
+
+
+def _inner(node: fx.Node, shape: Callable[[Any], Shape]) -> Any:
+    """Sums over the last axes of both; a number among the operands only scales."""
+    left, right = shape(node.args[0]), shape(node.args[1])
+    return 2 * _product(shape(node)) * left[-1] if left and right else 0
+
+
 def _einsum(node: fx.Node, shape: Callable[[Any], Shape]) -> Any:
     """Operands are multiplied left to right; an axis is summed as soon as nothing to come needs it. An outer product
     without a sum has no additions and counts as pointwise."""
-    equation, operands = str(node.args[0]).replace(" ", ""), list(node.args[1])  # type: ignore[arg-type]
-    inputs, _, result = equation.partition("->")
-    subscripts = inputs.split(",")
-    if "." in equation or len(subscripts) < 2:
-        return 0
-    if "->" not in equation:
-        result = "".join(c for c in sorted(set(inputs) - {","}) if inputs.count(c) == 1)
+    operands: list[Any] = list(node.args[1])  # type: ignore[arg-type]
+    subscripts, result = einsum_subscripts(str(node.args[0]), [len(shape(operand)) for operand in operands])
     sizes: dict[str, Any] = {}
     for letters, operand in zip(subscripts, operands, strict=True):
         for letter, size in zip(letters, shape(operand), strict=True):
@@ -192,6 +214,8 @@ def _einsum(node: fx.Node, shape: Callable[[Any], Shape]) -> Any:
 
 _PRODUCTS: dict[str, _Rule] = {
     **dict.fromkeys(("aten.linear", "aten.mm", "aten.bmm", "aten.matmul", "aten.mv", "aten.dot"), _matrix_product(0)),
+    **dict.fromkeys(("aten.linalg_matmul", "aten.vdot"), _matrix_product(0)),
+    "aten.inner": _inner,
     **dict.fromkeys(("aten.addmm", "aten.baddbmm", "aten.addmv"), _matrix_product(1)),
     **dict.fromkeys(("aten.conv1d", "aten.conv2d", "aten.conv3d"), _convolution),
     **dict.fromkeys(("aten.conv1d.padding", "aten.conv2d.padding", "aten.conv3d.padding"), _convolution),
@@ -212,11 +236,30 @@ _ATTENTION = (
     "aten._scaled_dot_product_cudnn_attention",
 )
 _RULES: dict[str, _Rule] = {**_PRODUCTS, **dict.fromkeys(_ATTENTION, _attention)}
-_UNCOUNTED = {
-    *(f"aten.{cell}.{form}" for cell in ("lstm", "gru", "rnn_tanh", "rnn_relu") for form in ("input", "data")),
-    *(f"aten.{cell}" for cell in ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")),
+#: Ops, without their overloads, that multiply matrices inside.
+_HOLDS_PRODUCTS = {
+    *map(str, flop_registry),
+    *_RULES,
+    *(f"aten.{cell}{part}" for cell in ("lstm", "gru", "rnn_tanh", "rnn_relu") for part in ("", "_cell")),
     *(
         f"aten.{name}"
-        for name in ("bilinear", "addbmm", "chain_matmul", "linalg_multi_dot", "tensordot", "_cdist_forward")
+        for name in (
+            *("addbmm", "addr", "sspaddmm", "chain_matmul", "matrix_power", "matrix_exp", "tensordot", "kron"),
+            *("bilinear", "_trilinear", "cdist", "_cdist_forward", "_euclidean_dist", "pdist", "_pdist_forward"),
+            *("cov", "corrcoef", "cholesky", "cholesky_solve", "cholesky_inverse", "inverse", "pinverse", "det"),
+            *("logdet", "slogdet", "lu_solve", "triangular_solve", "qr", "svd", "geqrf", "ormqr", "orgqr", "lstsq"),
+            *("_int_mm", "_addmm_activation", "_scaled_grouped_mm", "_weight_int8pack_mm", "_weight_int4pack_mm"),
+            *("_convolution_mode", "conv_tbc", "mkldnn_rnn_layer", "_native_multi_head_attention"),
+        )
     ),
 }
+_NO_PRODUCTS = {
+    f"aten.linalg_{name}" for name in ("vector_norm", "norm", "cross", "diagonal", "vander", "_powsum")
+}
+
+
+def _is_uncounted(name: str) -> bool:
+    """Whether an op multiplies matrices inside, as all of linear algebra but norms does, and no formula covers it."""
+    base = ".".join(name.split(".")[:2])
+    algebra = base.startswith(("aten.linalg_", "aten._linalg_")) and base not in _NO_PRODUCTS
+    return name not in _RULES and (algebra or base in _HOLDS_PRODUCTS)

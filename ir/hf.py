@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import json
 import logging
+import math
 import re
 import warnings
 from collections.abc import Iterator
@@ -47,10 +48,10 @@ _CALLABLE = "write a function that returns the module and its example inputs, an
 
 
 def load_folder(path: Path, *, seed: int = 0) -> Source:
-    """The model of a folder and an example call: batch 3, sequence 7 (5 for a decoder's), images of the model's size.
+    """The model of a folder and an example call: batch 3, sequence 7 (a decoder's 5), pixels and sound of its size.
 
     Numbers are drawn by a generator with this seed. Axes are named batch, sequence and decoder_sequence.
-    Raises what `load_model` raises, and UnsupportedError for a model whose input is neither text nor images.
+    Raises what `load_model` raises, and UnsupportedError for a model that takes anything else.
     """
     model = load_model(path)
     generator = torch.Generator().manual_seed(seed)
@@ -63,12 +64,15 @@ def load_folder(path: Path, *, seed: int = 0) -> Source:
         kwargs, shapes = _text_inputs(model, generator)
     elif main == "pixel_values" and main in taken and alone and not model.config.is_encoder_decoder:
         kwargs, shapes = _image_inputs(model, generator)
+    elif main == "input_features" and "decoder_input_ids" in taken and not required and (size := _feature_size(model)):
+        kwargs, shapes = _audio_inputs(model, size, generator)
     else:
         wanted = ["input_ids", "pixel_values"] if both else sorted({main, *required})
         raise UnsupportedError(
             f"no example inputs can be drawn for {type(model).__name__}",
             where=str(path),
-            why="it wants " + ", ".join(wanted) + "; text alone (input_ids) or images alone (pixel_values) are known",
+            why="it wants " + ", ".join(wanted) + "; text alone (input_ids), images alone (pixel_values)"
+            " and sound of a fixed length for a decoder (input_features) are known",
             hint=_CALLABLE,
         )
     if _returns_cache(model):
@@ -102,11 +106,14 @@ def _text_inputs(model: nn.Module, generator: torch.Generator) -> tuple[dict[str
         kwargs["attention_mask"] = (torch.arange(length) < kept).long()
         shapes["attention_mask"] = {0: batch, 1: sequence}
     if config.is_encoder_decoder and "decoder_input_ids" in taken:
-        vocabulary = getattr(config, "decoder_vocab_size", None) or vocabulary
-        length, sequence = _axis("decoder_sequence", _DECODER_SEQUENCE, longest)
-        kwargs["decoder_input_ids"] = torch.randint(0, vocabulary, (_BATCH, length), generator=generator)
-        shapes["decoder_input_ids"] = {0: batch, 1: sequence}
+        kwargs["decoder_input_ids"], shapes["decoder_input_ids"] = _decoder_ids(model, batch, generator)
     return kwargs, shapes
+
+
+def _decoder_ids(model: Any, batch: Any, generator: torch.Generator) -> tuple[torch.Tensor, dict[int, Any]]:
+    vocabulary = getattr(model.config, "decoder_vocab_size", None) or _vocabulary(model)
+    length, sequence = _axis("decoder_sequence", _DECODER_SEQUENCE, longest_sequence(model))
+    return torch.randint(0, vocabulary, (_BATCH, length), generator=generator), {0: batch, 1: sequence}
 
 
 def _axis(name: str, size: int, longest: int | None) -> tuple[int, Any]:
@@ -128,6 +135,7 @@ def longest_sequence(model: Any) -> int | None:
     number positions after the padding index lose as many), or a buffer with an axis of that size.
     """
     limit = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
+    limit = limit or getattr(model.config, "max_target_positions", None)  # a decoder's of sound
     if not isinstance(limit, int):
         return None
     words = model.get_input_embeddings()
@@ -145,8 +153,32 @@ def _image_inputs(model: nn.Module, generator: torch.Generator) -> tuple[dict[st
     height, width = (size, size) if isinstance(size, int) else tuple(size)
     channels = getattr(config, "num_channels", 3)
     pixels = torch.randn((_BATCH, channels, height, width), generator=generator)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return {"pixel_values": pixels.to(dtype)}, {"pixel_values": {0: Dim("batch", min=1)}}
+    return {"pixel_values": pixels.to(_float_dtype(model))}, {"pixel_values": {0: Dim("batch", min=1)}}
+
+
+def _feature_size(model: Any) -> tuple[int, int] | None:
+    """How many bands and frames of sound an encoder takes that convolves them down to a fixed number of positions."""
+    bands, positions = (getattr(model.config, name, None) for name in ("num_mel_bins", "max_source_positions"))
+    convolutions = [m for m in model.get_encoder().children() if isinstance(m, nn.Conv1d)]
+    if not positions or not convolutions or convolutions[0].in_channels != bands:
+        return None
+    return bands, positions * math.prod(m.stride[0] for m in convolutions)
+
+
+def _audio_inputs(
+    model: nn.Module, size: tuple[int, int], generator: torch.Generator
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    batch = Dim("batch", min=1)
+    features = torch.randn((_BATCH, *size), generator=generator).to(_float_dtype(model))
+    ids, axes = _decoder_ids(model, batch, generator)
+    return {"input_features": features, "decoder_input_ids": ids}, {
+        "input_features": {0: batch},
+        "decoder_input_ids": axes,
+    }
+
+
+def _float_dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def load_model(path: Path) -> Any:

@@ -31,7 +31,7 @@ from laconic.ir.errors import ModelError, UnsupportedError
 from laconic.ir.inputs import draw_values
 from laconic.ir.program import Input, Program
 from laconic.ir.pt2_archive import read_archive
-from laconic.ir.pt2_graph import harmless
+from laconic.ir.pt2_graph import cut, harmless
 from laconic.ir.silence import torch_silenced
 from laconic.ir.torch_private import expression, read_exported, symbol_hint
 from laconic.ir.tree import leaves
@@ -124,7 +124,7 @@ def _exported(data: dict[str, Any], state: dict[str, Any], constants: dict[str, 
         raise ModelError(
             f"torch cannot read {path.name}",
             where=str(path),
-            why=f"{type(problem).__name__}: " + "\n".join(line[:300] for line in [*lines[:1], *lines[-1:]]),
+            why=f"{type(problem).__name__}: " + "\n".join(map(cut, dict.fromkeys([*lines[:1], *lines[-1:]]))),
             hint="the file is damaged, or of another version of torch: export the model again",
         ) from problem
 

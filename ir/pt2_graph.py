@@ -4,7 +4,7 @@ torch turns strings of the file into code: sizes are evaluated by sympy, names b
 ops are looked up as attributes of `torch`, trees name modules to import, guards are run. Each of these strings is held
 to a grammar here, or left out:
 
-    sizes          calls of sympy's and torch's size functions on symbols and numbers
+    sizes          calls of sympy's and torch's size functions on symbols and numbers (`pt2_sizes`)
     names          identifiers; names of weights: words, dots, dashes
     ops            aten and prims, Python's operators and math on sizes, torch.sym_*; none that opens a file
     trees          dicts, lists and tuples; classes with named parts become dicts
@@ -15,14 +15,14 @@ Blocks that switch gradients or disable autocast are put in line: a Program runs
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeGuard
+from typing import Any, NoReturn
 
 from laconic.ir.errors import ModelError, UnsupportedError
+from laconic.ir.pt2_sizes import is_size
 
 Json = dict[str, Any]
 
@@ -37,28 +37,7 @@ _WEIGHT = re.compile(r"[\w.\-/ ]+")
 _NO_GRAD = "torch.ops.higher_order.wrap_with_set_grad_enabled"
 _AUTOCAST = "torch.ops.higher_order.wrap_with_autocast"
 _DIALECTS = {"TRAINING", "ATEN"}
-
-_SIZE_FUNCTIONS = frozenset(
-    re.findall(
-        r"\w+",
-        """
-        Symbol Integer Rational Float Add Mul Pow Max Min Mod Abs floor ceiling Piecewise ExprCondPair And Or Not
-        Eq Ne Lt Le Gt Ge Equality Unequality StrictLessThan LessThan StrictGreaterThan GreaterThan
-        FloorDiv ModularIndexing Where PythonMod CleanDiv CeilToInt FloorToInt CeilDiv LShift RShift PowByNatural
-        FloatPow FloatTrueDiv IntTrueDiv IsNonOverlappingAndDenseIndicator TruncToFloat TruncToInt RoundToInt
-        RoundDecimal ToFloat Identity OpaqueUnaryFn_sqrt OpaqueUnaryFn_log2
-        """,
-    )
-)
-_POWERS = {"Pow", "PowByNatural", "FloatPow", "LShift"}
-_SIZE_SYNTAX = (
-    ast.Expression, ast.Call, ast.Name, ast.Constant, ast.BinOp, ast.UnaryOp, ast.Compare, ast.keyword, ast.Load,
-    ast.operator, ast.unaryop, ast.cmpop,
-)  # fmt: skip
-_LONGEST_SIZE = 20_000
-_SYMBOL = re.compile(r"[a-z]+\d+|oo|int_oo|true|false|True|False", re.ASCII)
 _RANGED = re.compile(r"[a-z]+\d{1,6}", re.ASCII)
-_NUMBER = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -67,6 +46,12 @@ class Graph:
 
     data: Json
     returned: str
+
+
+def cut(text: str, longest: int = 200) -> str:
+    """A text of a file, or torch's repr of it, as one line that a person reads."""
+    line = " ".join(text.split())
+    return line if len(line) <= longest else line[: longest - 3] + "..."
 
 
 def is_weight_name(name: object) -> bool:
@@ -120,10 +105,10 @@ class _Graph:
         return Graph(whole, returned)
 
     def _damaged(self, why: str, cause: Exception | None = None) -> NoReturn:
-        raise ModelError("the graph of the .pt2 is damaged", where=self.where, why=why) from cause
+        raise ModelError("the graph of the .pt2 is damaged", where=self.where, why=cut(why)) from cause
 
     def _unsupported(self, why: str, hint: str = "") -> NoReturn:
-        raise UnsupportedError("the .pt2 cannot be read", where=self.where, why=why, hint=hint)
+        raise UnsupportedError("the .pt2 cannot be read", where=self.where, why=cut(why), hint=hint)
 
     def _hold(self, value: Any, key: str = "") -> None:
         """Hold each string that torch would evaluate to its grammar."""
@@ -157,8 +142,8 @@ class _Graph:
             )
 
     def _size(self, text: Any) -> None:
-        if not isinstance(text, str) or len(text) > _LONGEST_SIZE or not _is_size(text):
-            self._damaged(f"{str(text)[:200]!r} is no size")
+        if not isinstance(text, str) or not is_size(text):
+            self._damaged(f"{str(text)[:100]!r} is no size, or one out of all proportion")
 
     def _ranges(self, ranges: Json) -> None:
         for name, ends in ranges.items():
@@ -331,53 +316,3 @@ def _renamed(value: Any, names: dict[str, str]) -> Any:
     for found, key in list(_named(copy)):
         found[key] = names.get(found[key], found[key])
     return copy
-
-
-def _is_size(text: str) -> bool:
-    """Whether a text is a size as sympy writes it, that evaluates in no time to nothing but a size."""
-    try:
-        tree = ast.parse(text, mode="eval")
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    nodes = list(ast.walk(tree))
-    quoted = {id(node.args[0]) for node in nodes if _quotes(node)}
-    return all(id(node) in quoted or _is_size_part(node) for node in nodes)
-
-
-def _quotes(node: ast.AST) -> TypeGuard[ast.Call]:
-    """Whether a node is `Symbol('s0', ...)` or `Float('0.5', ...)`."""
-    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or not node.args:
-        return False
-    text = getattr(node.args[0], "value", None)
-    grammar = {"Symbol": _SYMBOL, "Float": _NUMBER}.get(node.func.id)
-    return grammar is not None and isinstance(text, str) and grammar.fullmatch(text) is not None
-
-
-def _is_size_part(node: ast.AST) -> bool:
-    if not isinstance(node, _SIZE_SYNTAX):
-        return False
-    if isinstance(node, ast.Name):
-        return node.id in _SIZE_FUNCTIONS or _SYMBOL.fullmatch(node.id) is not None
-    if isinstance(node, ast.Constant):
-        return isinstance(node.value, (int, float)) and abs(node.value) <= 2**64
-    if isinstance(node, ast.keyword):
-        return isinstance(node.value, ast.Constant) and isinstance(node.value.value, int) and node.value.value < 1000
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
-        return _is_small_power(node.left, node.right)
-    if isinstance(node, ast.Call):
-        if not isinstance(node.func, ast.Name) or node.func.id not in _SIZE_FUNCTIONS:
-            return False
-        if node.func.id in _POWERS:
-            return len(node.args) == 2 and _is_small_power(node.args[0], node.args[1])
-    return True
-
-
-def _is_small_power(base: ast.AST, exponent: ast.AST) -> bool:
-    """Whether a power has a number of at most 64 as its exponent, and no power in its base."""
-    parts = list(ast.walk(exponent))
-    numbers = [part.value for part in parts if isinstance(part, ast.Constant)]
-    named = {part.id for part in parts if isinstance(part, ast.Name)}
-    computed = any(isinstance(part, (ast.BinOp, ast.Compare)) for part in parts)
-    if computed or not named <= {"Integer", "Rational"} or not all(type(n) is int and abs(n) <= 64 for n in numbers):
-        return False
-    return not any(isinstance(n, ast.Pow) or (isinstance(n, ast.Name) and n.id in _POWERS) for n in ast.walk(base))

@@ -54,15 +54,26 @@ class Constants:
 
     def value(self, node: fx.Node) -> Any:
         """The value of a known constant, computed by its own op on the device it has."""
-        if node not in self._values:
-            if node.op == "placeholder":
-                self._values[node] = self._program.weights[node.meta["name"]].value
-            else:
-                substitute = _typed_stand_in if traits(node).type_only else self.value
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), substitute)
-                with torch.no_grad():
-                    self._values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        waiting = [node]
+        while waiting:  # no recursion: a chain of constants may be longer than Python's stack
+            wanted = waiting[-1]
+            missing = [] if wanted.op == "placeholder" or traits(wanted).type_only else wanted.all_input_nodes
+            missing = [n for n in missing if n not in self._values]
+            waiting += missing
+            if not missing:
+                waiting.pop()
+                if wanted not in self._values:
+                    self._values[wanted] = self._compute(wanted)
         return self._values[node]
+
+    def _compute(self, node: fx.Node) -> Any:
+        """The value of a constant whose operands are computed."""
+        if node.op == "placeholder":
+            return self._program.weights[node.meta["name"]].value
+        substitute = _typed_stand_in if traits(node).type_only else self._values.__getitem__
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), substitute)
+        with torch.no_grad():
+            return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def frontier(self, max_bytes: int, aliasing: Aliasing) -> dict[fx.Node, torch.Tensor]:
         """The last constant calls before what is not constant, with values to keep in their place.

@@ -6,11 +6,14 @@ program. What was not measured is null.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+import reprlib
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from laconic.ir.cost import flops_at
 from laconic.ir.program import Program
+from laconic.passes.base import Contract
 
 SCHEMA = 1
 
@@ -73,11 +76,54 @@ class Ledger:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Ledger:
-        """Raises KeyError or TypeError for what is no ledger of this schema."""
-        rows = [Row(**{**row, "after": Sizes(**row["after"])}) for row in data["passes"]]
-        return cls(
-            data["model"], data["pipeline"], Sizes(**data["before"]), rows, data["verified"], data.get("checked", [])
-        )
+        """Raises ValueError, which names the place, for what is no ledger of this schema."""
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            raise ValueError(f"it is no object with schema {SCHEMA}")
+        given = {"rows" if key == "passes" else key: value for key, value in data.items()}
+        found: Ledger = _read(cls, {key: value for key, value in given.items() if key not in ("schema", "after")}, "")
+        for number, row in enumerate(found.rows):
+            if row.contract not in set(Contract):
+                raise ValueError(f"passes[{number}].contract is {reprlib.repr(row.contract)}, which is none")
+            if not row.seconds >= 0:
+                raise ValueError(f"passes[{number}].seconds is {row.seconds}")
+        if _read(Sizes, data.get("after"), "after") != found.after:
+            raise ValueError("after is not what the last pass left")
+        return found
+
+
+_WORDS = {str: "a text", bool: "true or false", int: "a whole number, 0 or more", float: "a number"}
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    """A value of JSON as one of this type: a dataclass (an object with exactly its fields), a list, a dict by name, or
+    a plain value. Raises ValueError that names the place."""
+    arguments = get_args(kind)
+    if isinstance(kind, UnionType):
+        return None if value is None else _read(arguments[0], value, where)
+    if get_origin(kind) is list:
+        # The ledger's rows are its passes in JSON.
+        place = "passes" if where == "rows" else where
+        return [_read(arguments[0], item, f"{place}[{k}]") for k, item in enumerate(_of(list, value, place, "a list"))]
+    if get_origin(kind) is dict:
+        return {k: _read(arguments[1], v, f"{where}.{k}") for k, v in _of(dict, value, where, "an object").items()}
+    if is_dataclass(kind):
+        _of(dict, value, where, "an object")
+        hints = get_type_hints(kind)
+        for name in (f.name for f in fields(kind) if f.name not in value):
+            raise ValueError(f"{where or 'it'} lacks {('passes' if name == 'rows' else name)!r}")
+        for name in sorted(value.keys() - hints.keys()):
+            raise ValueError(f"{where or 'it'} has {name!r}, which is not known")
+        return kind(**{name: _read(hints[name], v, f"{where}.{name}".lstrip(".")) for name, v in value.items()})
+    accepted = (int, float) if kind is float else (kind,)
+    if type(value) not in accepted or (kind is int and value < 0):
+        raise ValueError(f"{where} is {reprlib.repr(value)}, not {_WORDS[kind]}")
+    return value
+
+
+def _of(kind: type, value: Any, where: str, words: str) -> Any:
+    if not isinstance(value, kind):
+        raise ValueError(f"{where} is {reprlib.repr(value)}, not {words}")
+    return value
 
 
 def measure(program: Program, max_abs: float | None) -> Sizes:

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from laconic.ir.errors import ModelError
+from laconic.ir.files import read_text
 from laconic.ir.types import is_dense
 from laconic.passes.base import Plan
 
@@ -27,12 +28,20 @@ def read_plan(folder: Path, number: int) -> Plan:
     """The plan as it was written. Raises ModelError for missing or damaged files."""
     path = folder / f"{number}.json"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_text(path))
+        if not all(isinstance(a, dict) and isinstance(a.get("rule"), str) for a in data["actions"]):
+            raise TypeError("an action names no rule")
+        if not isinstance(data["spec"], str) or not isinstance(data["reason"], str):
+            raise TypeError("spec or reason is no text")
         stored = load_file(folder / f"{number}.safetensors") if data["strides"] else {}
         tensors = {name: _with_strides(stored[name], strides) for name, strides in data["strides"].items()}
         return Plan(data["spec"], tuple(data["actions"]), tensors, data["reason"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as problem:
-        raise ModelError(f"the plan {path.name} cannot be read", where=str(path), why=str(problem)) from problem
+    except (
+        *(OSError, ValueError, KeyError, TypeError, AttributeError),
+        *(RuntimeError, AssertionError, SafetensorError),
+    ) as problem:
+        why = f"it lacks {problem}" if isinstance(problem, KeyError) else str(problem)
+        raise ModelError(f"the plan {path.name} cannot be read", where=str(path), why=why) from problem
 
 
 def _with_strides(tensor: torch.Tensor, strides: list[int]) -> torch.Tensor:

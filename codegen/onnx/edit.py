@@ -150,11 +150,11 @@ def sole(value: ir.Value) -> bool:
 
 
 def only_reader(value: ir.Value | None) -> ir.Node | None:
-    """The standard node that alone reads a value, and once."""
+    """The standard node that alone reads a value, and once, in the same graph."""
     if value is None or not sole(value):
         return None
     ((node, _),) = value.uses()
-    return node if node.domain == "" else None
+    return node if node.domain == "" and node.graph is value.graph else None
 
 
 def owned(value: ir.Value | None, rank: int | None = None) -> TypeGuard[ir.Value]:

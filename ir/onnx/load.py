@@ -7,8 +7,10 @@ folder, and only then does native code (onnx's checker) see the graph, without t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,8 @@ STANDARD = ("", "ai.onnx")
 OLDEST, NEWEST = 7, 28
 #: A protobuf message holds at most 2 GiB; larger models keep their weights in files beside them.
 _LONGEST = 2**31 - 1
+#: A few times as many nodes as the largest models have.
+_MOST_NODES = 1_000_000
 _AGAIN = "copy or export the file again"
 #: What Python's protobuf and onnx-ir raise for a message that parses and yet makes no sense.
 _GARBLED = (
@@ -62,6 +66,7 @@ def load(path: Path) -> Loaded:
         _refuse_foreign_tensors(proto, path)
         weights = _take_weights(proto, path)
         _refuse_garbled(proto, path)
+        _refuse_expansion(proto, path)
         _check(proto, path)
         return Loaded(_inlined(proto), weights, opset)
     except LaconicError:
@@ -123,16 +128,21 @@ def _opset(proto: ModelProto, path: Path) -> int:
 # ------------------------------------------------------------------------------------------------- tensors
 
 
-def _attributes(proto: ModelProto) -> Iterator[AttributeProto]:
-    """Every attribute of the model: of its graph, nested graphs and functions."""
-    pending: list[NodeProto] = [*proto.graph.node]
-    for function in proto.functions:
-        pending += function.node
+def _nodes(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
+    """These nodes and those of the graphs nested in them."""
+    pending = [*nodes]
     while pending:
-        for attribute in pending.pop().attribute:
-            yield attribute
+        yield (node := pending.pop())
+        for attribute in node.attribute:
             for graph in (*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs):
                 pending += graph.node
+
+
+def _attributes(proto: ModelProto) -> Iterator[AttributeProto]:
+    """Every attribute of the model: of its graph, nested graphs and functions."""
+    for body in (proto.graph.node, *(function.node for function in proto.functions)):
+        for node in _nodes(body):
+            yield from node.attribute
 
 
 def _refuse_foreign_tensors(proto: ModelProto, path: Path) -> None:
@@ -262,6 +272,39 @@ def _refuse_garbled(message: Message, path: Path) -> None:
         elif field.type == field.TYPE_MESSAGE:
             for part in values:
                 _refuse_garbled(part, path)
+
+
+_Op = tuple[str, str, str]
+
+
+def _refuse_expansion(proto: ModelProto, path: Path) -> None:
+    """Raise ModelError for functions that call themselves, or that are too many nodes once each call is its body: the
+    number may double with each function of the file. Counted from the functions that call none upwards."""
+
+    def identifier(domain: str, name: str, overload: str) -> _Op:
+        return "" if domain in STANDARD else domain, name, overload
+
+    def ops(body: Iterable[NodeProto]) -> Counter[_Op]:
+        return Counter(identifier(n.domain, n.op_type, n.overload) for n in _nodes(body))
+
+    calls = {identifier(f.domain, f.name, f.overload): ops(f.node) for f in proto.functions}
+    sizes: dict[_Op, int] = {}
+
+    def expanded(body: Counter[_Op]) -> int:
+        return sum(times * sizes.get(op, 1) for op, times in body.items())
+
+    try:
+        for op in TopologicalSorter({op: body.keys() & calls.keys() for op, body in calls.items()}).static_order():
+            sizes[op] = min(expanded(calls[op]), _MOST_NODES + 1)  # enough is known, and the number stays short
+    except CycleError as problem:
+        raise damaged(path, f"its function {problem.args[1][0][1]!r} calls itself") from problem
+    if calls and expanded(ops(proto.graph.node)) > _MOST_NODES:
+        raise ModelError(
+            f"{path.name} expands to more than {_MOST_NODES:,} nodes",
+            where=str(path),
+            why=f"its {len(calls)} functions call each other again and again",
+            hint="no model is that large: export it again",
+        )
 
 
 def _check(proto: ModelProto, path: Path) -> None:

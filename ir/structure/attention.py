@@ -8,47 +8,20 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from laconic.ir.cost import is_attention, is_product
 from laconic.ir.program import Kind
+from laconic.ir.structure.cores import Core, find_cores
 from laconic.ir.structure.masks import read_mask
 from laconic.ir.structure.mlp import project
 from laconic.ir.structure.reading import Linear, Reading, arranged, is_part, rearranges, scalar_of, shape_of
 from laconic.ir.structure.records import Attention, NearMiss, Norm, Projection
-from laconic.ir.traits import argument
 
 aten = torch.ops.aten
-
-_SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
-_FILL = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
-_WHERE = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf)
-
-
-_BEHIND_SCORES = (aten.add.Tensor, aten.tanh.default, *_FILL)
-
-
-@dataclass(frozen=True)
-class Core:
-    """softmax(q k^T * scale + mask) v, before anything is known of where its operands come from. `out` is the result,
-    `keys` is k with keys before channels or (of a written-out product) its transpose."""
-
-    node: fx.Node
-    q: fx.Node
-    keys: fx.Node
-    v: fx.Node
-    masks: tuple[fx.Node, ...]
-    scale: float
-    causal: bool
-    out: fx.Node
-    fused: bool
-    inside: tuple[fx.Node, ...]
-
 
 @dataclass(frozen=True)
 class Way:
@@ -67,141 +40,11 @@ def find_attentions(
     """The attentions of an entry, in order. `carried` are the values of residual streams, `norms` all norms."""
     normed = {norm.out for norm in norms}
     found = []
-    for node in reading.entry.calls():
-        core = _fused(node) if is_attention(node) else _written(reading, node, near)
-        if core is not None:
-            site = _attention(reading, core, normed, carried, near)
-            if site is not None:
-                found.append(site)
+    for core in find_cores(reading, near):
+        site = _attention(reading, core, normed, carried, near)
+        if site is not None:
+            found.append(site)
     return found
-
-
-# The core
-
-
-def _fused(node: fx.Node) -> Core:
-    q, keys, v = node.args[:3]
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    given = {name: argument(node, name) for name in names}
-    mask = given.get("attn_mask", given.get("attn_bias"))
-    scale = given.get("scale")
-    assert isinstance(q, fx.Node)
-    assert isinstance(keys, fx.Node)
-    assert isinstance(v, fx.Node)
-    out = next((u for u in node.users if u.target is operator.getitem and u.args[1] == 0), node)
-    return Core(
-        node=node,
-        q=q,
-        keys=keys,
-        v=v,
-        masks=(mask,) if isinstance(mask, fx.Node) else (),
-        scale=float(scale) if isinstance(scale, (int, float)) else _default_scale(q),
-        causal=bool(given.get("is_causal")),
-        out=out,
-        fused=True,
-        inside=(node,) if out is node else (node, out),
-    )
-
-
-def _default_scale(q: fx.Node) -> float:
-    size = shape_of(q)[-1]
-    return 1 / math.sqrt(size) if isinstance(size, int) and size else 1.0
-
-
-def _written(reading: Reading, node: fx.Node, near: list[NearMiss]) -> Core | None:
-    """The core whose softmax is `node`."""
-    if node.target not in _SOFTMAX or not isinstance(node.args[0], fx.Node):
-        return None
-    inside: list[fx.Node] = [node]
-    scores = _scores(reading, node.args[0], inside)
-    if scores is None:
-        return None
-    product, masks, scale = scores
-    values = next(_product_users(node, inside), None)
-    if values is None:
-        where = str(reading.program.site(node) or "")
-        near.append(NearMiss("attention", node, "the softmax of a product is not multiplied with values", where))
-        return None
-    weights, v = values.args[:2]
-    if not isinstance(v, fx.Node) or not isinstance(weights, fx.Node):
-        return None
-    q, keys = product.args[:2]
-    assert isinstance(q, fx.Node)
-    assert isinstance(keys, fx.Node)
-    return Core(node, q, keys, v, masks, scale, False, values, False, (*inside, product, values))
-
-
-def _scores(
-    reading: Reading, node: fx.Node, inside: list[fx.Node]
-) -> tuple[fx.Node, tuple[fx.Node, ...], float] | None:
-    """The product q k^T that a softmax reads, the masks on the way and the scale."""
-    masks: list[fx.Node] = []
-    scale = 1.0
-    for _ in range(24):
-        if is_product(node):
-            operands = reading.reads(node)
-            if len(operands) == 2 and not any(reading.constant(n) for n in operands):
-                return node, tuple(masks), scale
-            return None
-        inside.append(node)
-        operand: Any = node.args[0] if node.args else None
-        factor = scalar_of(node)
-        if factor is not None:
-            scale *= factor
-        elif node.target is aten.add.Tensor and isinstance(node.args[1], fx.Node):
-            first, second = _comes_from_product(reading, node.args[0]), _comes_from_product(reading, node.args[1])
-            if first == second:
-                return None
-            operand = node.args[0] if first else node.args[1]
-            masks.append(node.args[1] if first else node.args[0])  # type: ignore[arg-type]
-        elif node.target is aten.sub.Tensor and _is_greatest(node.args[1], of=operand):
-            pass  # for the softmax's sake: it changes nothing
-        elif node.target is aten.cat.default:  # a learned score beside those of the keys
-            operand = next((n for n in operand if _comes_from_product(reading, n)), None)
-        elif node.target in _FILL:
-            masks.append(node.args[1])  # type: ignore[arg-type]
-        elif node.target in _WHERE:
-            masks.append(node.args[0])  # type: ignore[arg-type]
-            operand = next(
-                (n for n in node.args[1:] if isinstance(n, fx.Node) and _comes_from_product(reading, n)), None
-            )
-        elif not (rearranges(node) or node.target is aten.tanh.default):  # tanh caps scores
-            return None
-        if not isinstance(operand, fx.Node):
-            return None
-        node = operand
-    return None
-
-
-def _comes_from_product(reading: Reading, node: Any) -> bool:
-    """Whether a value is a product of two computed values, but for scales, masks and views behind it."""
-    for _ in range(24):
-        if not isinstance(node, fx.Node) or node.op != "call_function":
-            return False
-        if is_product(node):
-            return not any(reading.constant(n) for n in reading.reads(node))
-        if not (rearranges(node) or scalar_of(node) is not None or node.target in _BEHIND_SCORES):
-            return False
-        node = node.args[0]
-    return False
-
-
-def _is_greatest(node: Any, of: Any) -> bool:
-    """Whether a value is the greatest of another along an axis."""
-    while isinstance(node, fx.Node) and (rearranges(node) or node.target is operator.getitem):
-        node = node.args[0]
-    return isinstance(node, fx.Node) and node.target in (aten.max.dim, aten.amax.default) and node.args[0] is of
-
-
-def _product_users(node: fx.Node, inside: list[fx.Node]) -> Iterator[fx.Node]:
-    """The products that read a value, past views, copies and dropout, as their first operand."""
-    for user in node.users:
-        if is_product(user):
-            if user.args[0] is node:
-                yield user
-        elif rearranges(user) or user.target is aten.slice.Tensor:  # a slice drops a learned score
-            inside.append(user)
-            yield from _product_users(user, inside)
 
 
 # The site
@@ -213,8 +56,8 @@ def _attention(
     def miss(reason: str) -> None:
         near.append(NearMiss("attention", core.node, reason, str(reading.program.site(core.node) or "")))
 
-    heads, kv_heads = _heads(core.q), _kv_heads(core)
-    head_dim, value_dim = shape_of(core.q)[-1], shape_of(core.v)[-1]
+    heads, kv_heads = _heads(core.q, core.q_heads), _kv_heads(core)
+    head_dim, value_dim = core.head_dim, core.value_dim
     if not all(isinstance(n, int) for n in (heads, kv_heads, head_dim, value_dim)):
         miss("the axis of heads is not a fixed one")
         return None
@@ -239,6 +82,8 @@ def _attention(
         causal=core.causal or any(f.causal for f in facts),
         window=next((f.window for f in facts if f.window is not None), None),
         masked=bool(core.masks),
+        softcap=core.softcap,
+        sink=core.sink,
         cross=_crosses(reading, q, k, carried),
         fused=core.fused,
         rotary=_is_rotated(q.inside),
@@ -253,8 +98,11 @@ def _attention(
     )
 
 
-def _heads(value: fx.Node) -> Any:
-    """The axis in front of (positions, channels); where it is joined with the batch, before that."""
+def _heads(value: fx.Node, axis: int = -3) -> Any:
+    """The size of the axis of heads: by default in front of (positions, channels), or, where it is joined with the
+    batch, before that."""
+    if axis != -3:
+        return shape_of(value)[axis]
     while len(shape_of(value)) == 3 and rearranges(value):
         value = value.all_input_nodes[0]
     shape = shape_of(value)
@@ -271,11 +119,11 @@ def _kv_heads(core: Core) -> Any:
             if len(before) == 5 and grown and grown[0] - 1 >= -len(before):
                 return before[grown[0] - 1]
         if value.target in (aten.repeat_interleave.self_int, aten.repeat.default):
-            return _heads(value.args[0])  # type: ignore[arg-type]
+            return _heads(value.args[0], core.k_heads)  # type: ignore[arg-type]
         if not rearranges(value):
             break
         value = value.args[0]  # type: ignore[assignment]
-    return _heads(core.keys)
+    return _heads(core.keys, core.k_heads)
 
 
 def _way(reading: Reading, value: fx.Node, carried: frozenset[fx.Node]) -> Way:

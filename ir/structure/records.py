@@ -56,11 +56,13 @@ class Projection:
 
 @dataclass(frozen=True)
 class Attention:
-    """softmax(q k^T * scale + mask) v, fused or written out.
+    """softmax(cap(q k^T * scale) + mask) v, fused or written out.
 
     q is (..., heads, queries, head_dim), k and v have `kv_heads`. `cross`: keys are not projected from what queries
     are projected from; None if that cannot be told. `window`: how many positions back a query sees. `scale` counts
-    factors on the way from the projections too. `cached`: keys come from a state or an input too.
+    factors on the way from the projections too. `softcap` c: scores are capped as c tanh(scores / c); None if they are
+    not. `sink`: a constant score beside those of the keys takes part in the softmax. `cached`: keys come from a state
+    or an input too.
     """
 
     site: int
@@ -73,6 +75,8 @@ class Attention:
     causal: bool
     window: int | None
     masked: bool
+    softcap: float | None
+    sink: bool
     cross: bool | None
     fused: bool
     rotary: bool

@@ -1,7 +1,8 @@
 """The saved DIR: program, weights, recipe, plans and ledger, placed whole or not at all.
 
     program.txt  weights.safetensors     the program (laconic.ir.store)
-    recipe.yaml                          pipeline, seed, versions, hashes of the files, and whether it was verified
+    recipe.yaml                          pipeline, seed, versions, hashes of all but itself and the exports, and
+                                         whether it was verified
     plans/N.json (+ N.safetensors)       what each pass decided
     ledger.json                          what each pass did and cost
     exports                              model.onnx, model.pt2 where asked for
@@ -13,8 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -35,6 +37,7 @@ from laconic.version import __version__
 
 RECIPE = "recipe.yaml"
 LEDGER = "ledger.json"
+PLANS = "plans"
 
 #: The version of the DIR that this laconic writes and reads.
 FORMAT = 1
@@ -70,9 +73,9 @@ def save(
         temporary.mkdir()
         progress("writing the program")
         write_program(program, temporary)
-        (temporary / "plans").mkdir()
+        (temporary / PLANS).mkdir()
         for number, plan in enumerate(plans, start=1):
-            write_plan(plan, temporary / "plans", number)
+            write_plan(plan, temporary / PLANS, number)
         (temporary / LEDGER).write_text(json.dumps(ledger.to_json(), indent=1) + "\n", encoding="utf-8")
         progress("reading it back")
         _compare(program, read_back(temporary, program))
@@ -90,10 +93,10 @@ def load_program(path: str | Path, *, allow_unverified: bool = False) -> Program
     VerificationError if the DIR is marked unverified and `allow_unverified` is not given."""
     folder = Path(path)
     recipe = read_recipe(folder)
-    for name, expected in recipe["hashes"].items():
-        if not (folder / name).is_file():
+    for name, state in states(folder, recipe["hashes"]).items():
+        if state == "missing":
             raise ModelError(f"{name} is missing", where=str(folder), hint="the DIR is incomplete: write it again")
-        if _hash(folder / name) != expected:
+        if state == "damaged":
             raise ModelError(
                 f"{name} is not the file that was saved",
                 where=str(folder / name),
@@ -109,17 +112,29 @@ def load_program(path: str | Path, *, allow_unverified: bool = False) -> Program
     return read_program(folder)
 
 
+def states(folder: Path, hashes: Mapping[str, str]) -> dict[str, str]:
+    """What became of each file that a recipe lists: "ok", "missing" or "damaged"."""
+
+    def state(path: Path, expected: str) -> str:
+        if not path.is_file():
+            return "missing"
+        return "ok" if _hash(path) == expected else "damaged"
+
+    return {name: state(folder / name, expected) for name, expected in hashes.items()}
+
+
 def read_recipe(folder: Path) -> dict[str, Any]:
-    """The recipe of a DIR. Raises ModelError if there is none, it is damaged, or of a format that is not known."""
+    """The recipe of a DIR. Raises ModelError if there is none, it is damaged, or of a format that is not known, or
+    lists a file that does not lie in the DIR."""
     try:
         recipe = yaml.safe_load(read_text(folder / RECIPE))
         if not isinstance(recipe, dict) or type(recipe["format"]) is not int:
             raise TypeError("it names no format")
         if recipe["format"] == FORMAT:  # another one may say the rest otherwise
-            if not isinstance(recipe["hashes"], dict) or not isinstance(recipe["verified"], bool):
-                raise TypeError("hashes or verified are not what they should be")
-            if set(recipe["hashes"]) != {PROGRAM, WEIGHTS}:
-                raise TypeError(f"hashes are of {sorted(map(str, recipe['hashes']))}, not of {PROGRAM} and {WEIGHTS}")
+            for key, kind in _KINDS.items():
+                if type(recipe[key]) is not kind:
+                    raise TypeError(f"{key} is not what it should be")
+            _check_names(folder, recipe["hashes"])
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError) as problem:
         why = f"it lacks {problem}" if isinstance(problem, KeyError) else str(problem)
         raise ModelError(f"{RECIPE} cannot be read", where=str(folder / RECIPE), why=why) from problem
@@ -130,6 +145,33 @@ def read_recipe(folder: Path) -> dict[str, Any]:
             hint="load it with the laconic that wrote it, or write the DIR again",
         )
     return recipe
+
+
+#: What stands under each key of a recipe.
+_KINDS: dict[str, type] = {
+    "model": str,
+    "pipeline": str,
+    "passes": list,
+    "skipped": list,
+    "seed": int,
+    "verified": bool,
+    "versions": dict,
+    "hashes": dict,
+}
+
+
+def _check_names(folder: Path, hashes: dict[Any, Any]) -> None:
+    """Raise TypeError unless program and weights are listed, and all that is lies in the folder itself."""
+    if not hashes.keys() >= {PROGRAM, WEIGHTS}:
+        raise TypeError(f"hashes are of {sorted(map(str, hashes))}, and not of {PROGRAM} and {WEIGHTS}")
+    root = os.path.realpath(folder)
+    for name, expected in hashes.items():
+        if not isinstance(name, str) or not isinstance(expected, str):
+            raise TypeError(f"hashes has {name!r}: {expected!r}, and not texts")
+        plain = PurePosixPath(name)
+        inside = Path(os.path.realpath(folder / name)).is_relative_to(root)
+        if plain.is_absolute() or ".." in plain.parts or str(plain) != name or not plain.parts or not inside:
+            raise TypeError(f"hashes names {name!r}, which is no file in the DIR")
 
 
 def refuse_foreign(path: Path) -> None:
@@ -146,6 +188,7 @@ def refuse_foreign(path: Path) -> None:
 
 
 def _write_recipe(ledger: Ledger, seed: int, folder: Path) -> None:
+    plans = [f"{PLANS}/{path.name}" for path in sorted((folder / PLANS).iterdir(), key=_by_number)]
     recipe = {
         "format": FORMAT,
         "model": ledger.model,
@@ -156,9 +199,13 @@ def _write_recipe(ledger: Ledger, seed: int, folder: Path) -> None:
         "calibration": None,
         "verified": ledger.verified,
         "versions": {"laconic": __version__, "torch": str(torch.__version__)},
-        "hashes": {name: _hash(folder / name) for name in (PROGRAM, WEIGHTS)},
+        "hashes": {name: _hash(folder / name) for name in (PROGRAM, WEIGHTS, LEDGER, *plans)},
     }
     (folder / RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+
+
+def _by_number(path: Path) -> tuple[int, str]:
+    return int(path.stem), path.suffix
 
 
 def _compare(program: Program, reread: Program) -> None:

@@ -166,6 +166,11 @@ def _from_callable(model: str) -> Source:
             hint = f"did you mean {name}:{close[0]}?" if close else ""
             raise UsageError(f"{name} has no {attribute!r}", hint=hint)
         function = getattr(function, part)
+    if isinstance(function, nn.Module) or not callable(function):
+        raise UsageError(
+            f"{model} is a {type(function).__name__}",
+            hint="MODEL names a function that returns (module, inputs) or (module, inputs, dynamic_shapes)",
+        )
     try:
         made = function()
     except LaconicError:
@@ -178,9 +183,11 @@ def _from_callable(model: str) -> Source:
         ) from problem
     shaped = isinstance(made, tuple) and len(made) in (2, 3) and isinstance(made[0], nn.Module)
     if not shaped or not isinstance(made[1], (tuple, dict)):
+        parts = ", ".join(type(part).__name__ for part in made) if isinstance(made, tuple) else ""
         raise UsageError(
             f"{model} must return (module, inputs) or (module, inputs, dynamic_shapes)",
-            why="inputs are a tuple of positional or a dict of keyword arguments",
+            why=f"it returned {f'({parts})' if parts else f'a {type(made).__name__}'}; inputs are a tuple of "
+            "positional or a dict of keyword arguments",
         )
     args, kwargs = (made[1], {}) if isinstance(made[1], tuple) else ((), made[1])
     return Source(made[0], args, kwargs, made[2] if len(made) == 3 else None, name=model)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -25,16 +24,6 @@ from laconic.ir.program import Program
 from laconic.sources import resolve
 
 FAST, THOROUGH = 12, 300
-
-
-@pytest.fixture(autouse=True)
-def logging_as_it_was() -> Iterator[None]:
-    """The command line sets up logging for its process."""
-    log = logging.getLogger("laconic")
-    level, propagate, handlers = log.level, log.propagate, list(log.handlers)
-    yield
-    log.setLevel(level)
-    log.propagate, log.handlers = propagate, handlers
 
 
 @pytest.fixture(scope="module")

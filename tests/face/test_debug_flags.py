@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from laconic.cli.main import run
+from laconic.cli.optimize import _repeated
 from laconic.passes import registry
 
 ROOT = Path(__file__).parents[2]
@@ -164,6 +165,7 @@ def test_the_line_in_the_message_reproduces_the_failure(
     captured: str, here: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [captured, "-p", "simplify,dedup{slices=no},fast-tanh,dce", "--seed", "5"]
+    arguments += ["--threads", "1", "--no-verify-each"]
     _, err = optimize(capfd, *arguments, code=3)
     assert "--dump-dir" in err[-1]
     _, err = optimize(capfd, *arguments, "--dump-dir", "my dumps", code=3)
@@ -171,7 +173,7 @@ def test_the_line_in_the_message_reproduces_the_failure(
     assert said == "laconic: the pass 'fast-tanh' failed: the contract 'exact' is broken: result 0 changed"
     assert sorted(path.name for path in (here / "my dumps").iterdir())[-1] == "002-dedup"
     line = err[-1].partition("to reproduce it: ")[2]
-    assert "--seed 5" in line
+    assert line.endswith("--dry-run --seed 5 --threads 1 --no-verify-each")
     assert shlex.split(line)[0] == "laconic"
     assert run([*shlex.split(line)[1:], "-q"]) == 3
     assert capfd.readouterr().err.splitlines()[0] == said
@@ -191,6 +193,7 @@ def test_each_way_past_a_faulty_pass(captured: str, capfd: pytest.CaptureFixture
     [
         (["--print-after", "cs"], "'cse'"),
         (["--print-after", "fold"], "there is no pass 'fold'"),
+        (["--print-after", "nope"], "known: cse, dce, dedup, fold-weights, simplify"),
         (["--disable-pass", "simplfy"], "did you mean 'simplify'"),
         (["-p", "cse", "--disable-pass", "dce"], "the pipeline has no pass 'dce'"),
         (["-p", "cse", "--stop-after", "dedup{slices=no}"], "the pipeline has no pass 'dedup{slices=no}'"),
@@ -205,6 +208,24 @@ def test_slips_are_usage_errors_before_the_work(
     """The model does not exist, and that is not what is complained of."""
     _, err = optimize(capfd, "no.such:model", *arguments, code=2)
     assert says in "\n".join(err)
+
+
+def test_what_bears_on_a_failure_is_repeated() -> None:
+    assert _repeated(0, 0, True, True) == []
+    assert _repeated(5, 2, False, False) == ["--seed", "5", "--threads", "2", "--no-verify-each", "--no-check"]
+
+
+def test_the_output_inside_the_dumps_is_refused(capfd: pytest.CaptureFixture[str], here: Path) -> None:
+    assert run(["optimize", "no.such:model", "-o", "dumps/out", "--dump-dir", "dumps"]) == 2
+    assert "dumps/out would stand inside dumps" in capfd.readouterr().err
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["passes", "doctor", "explain"])
+def test_commands_without_progress_take_the_options_too(command: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run([command, "--help"]) == 0
+    said = capfd.readouterr().out
+    assert all(option in said for option in ("--no-progress", "--quiet", "--verbose"))
 
 
 def test_dumps_inside_the_output_are_refused(capfd: pytest.CaptureFixture[str], here: Path) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +15,7 @@ from helpers import optimize, parse
 from laconic.artefact import save
 from laconic.cli.main import run
 from laconic.explain import Place, actions_of, explain
+from laconic.ir.errors import ModelError
 
 TEXT = """
 parameter @a: f32[4, 4] trainable
@@ -52,7 +56,9 @@ def test_rules_are_counted_by_place(saved: Path) -> None:
     assert cse.row.reason == "no two calls compute the same"
     assert dce.rules == {"unused weight": [Place("@spare", "", 1)]}
     assert dce.before.weight_bytes - dce.row.after.weight_bytes == 256
-    assert found.files == {"program.txt": "ok", "weights.safetensors": "ok"}
+    plans = [f"plans/{number}.json" for number in (1, 2, 3)]
+    assert found.files == dict.fromkeys(("program.txt", "weights.safetensors", "ledger.json", *plans), "ok")
+    assert found.damaged == []
     assert (found.recipe["seed"], found.recipe["model"], found.problem) == (4, "net", "")
 
 
@@ -70,7 +76,15 @@ def test_actions_of_one_pass(saved: Path) -> None:
 def test_the_command_prints_all_of_it(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["explain", str(saved)]) == 0
     out = capfd.readouterr().out
-    for said in ("net", "verified; program.txt ok", "3 copy", "block.0 net.py:7 x 2", "no two calls compute", "@spare"):
+    for said in (
+        "net",
+        "state:      verified\n",
+        "program.txt ok",
+        "3 copy",
+        "block.0 net.py:7 x 2",
+        "no two calls compute",
+        "@spare",
+    ):
         assert said in out
     assert run(["explain", str(saved), "--pass", "1"]) == 0
     assert len(capfd.readouterr().out.splitlines()) == 4
@@ -99,7 +113,8 @@ def test_a_damaged_dir_is_explained_as_far_as_it_can_be(
     }
     assert run(["explain", str(folder)]) == 0
     out = capfd.readouterr().out
-    assert f"{name} {state}" in out
+    assert f"state:      DAMAGED: {name} {state}; as it was written: verified\n" in out
+    assert "plans/3.json ok" in out
     assert "problem:" in out
 
 
@@ -109,14 +124,115 @@ def test_what_is_no_dir_is_refused(saved: Path, tmp_path: Path, capfd: pytest.Ca
     capfd.readouterr()
     folder = shutil.copytree(saved, tmp_path / "out")
     ledger = json.loads((folder / "ledger.json").read_text())
-    for spoiled in ("{", "[]", "{}", json.dumps({**ledger, "passes": [1]}), json.dumps({**ledger, "before": {"x": 1}})):
+    for spoiled in ("{", "[]", "{}", "[" * 9000):
         (folder / "ledger.json").write_text(spoiled)
         assert run(["explain", str(folder)]) == 1
         assert "ledger.json cannot be read" in capfd.readouterr().err
     (folder / "ledger.json").write_text(json.dumps(ledger))
     (folder / "plans" / "1.json").unlink()
     assert run(["explain", str(folder)]) == 1
-    assert "1.json" in capfd.readouterr().err
+    assert "plans/1.json is missing" in capfd.readouterr().err
+    (folder / "ledger.json").unlink()
+    for arguments in ([], ["--pass", "2"]):
+        assert run(["explain", str(folder), *arguments]) == 1
+        assert "ledger.json is missing" in capfd.readouterr().err
+
+
+def test_what_kind_of_folder_it_is_instead_is_said(
+    saved: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said(path: str) -> str:
+        for arguments in ([], ["--pass", "1"]):
+            assert run(["explain", path, *arguments]) == 1
+        return capfd.readouterr().err
+
+    monkeypatch.chdir(tmp_path)
+    assert ". is no DIR\n  why: it is empty\n" in said(".")
+    (tmp_path / "notes").touch()
+    assert "it holds no recipe.yaml" in said(".")
+    dump = tmp_path / "dumps" / "000-captured"
+    shutil.copytree(saved, dump, ignore=shutil.ignore_patterns("recipe.yaml", "ledger.json", "plans"))
+    assert "is a dump, and no DIR" in said("dumps/000-captured")
+    assert "`laconic diff A B` compares" in said("dumps/000-captured")
+    assert "other folders with a program: 000-captured" in said("dumps")
+    shutil.copytree(saved, tmp_path / "cut", ignore=shutil.ignore_patterns("recipe.yaml"))
+    assert "recipe.yaml is missing" in said("cut")
+
+
+#: A change to ledger.json, and what must be said of it.
+_LEDGERS = [
+    (lambda d: d["passes"][0]["after"].update(max_abs="x"), "passes[0].after.max_abs is 'x', not a number"),
+    (lambda d: d["passes"][1].update(modified=0), "passes[1].modified is 0, not true or false"),
+    (lambda d: d["passes"][1].update(contract="nearly"), "passes[1].contract is 'nearly', which is none"),
+    (lambda d: d["passes"][1].update(seconds=-1), "passes[1].seconds is -1"),
+    (lambda d: d["passes"][1].pop("reason"), "passes[1] lacks 'reason'"),
+    (lambda d: d["passes"][1].update(more=1), "passes[1] has 'more', which is not known"),
+    (lambda d: d["passes"].__setitem__(2, 1), "passes[2] is 1, not an object"),
+    (lambda d: d["passes"].pop(0), "does not fit recipe.yaml"),
+    (lambda d: d["passes"].reverse(), "after is not what the last pass left"),
+    (lambda d: d.update(passes={}), "passes is {}, not a list"),
+    (lambda d: d.pop("passes"), "it lacks 'passes'"),
+    (lambda d: d["before"].update(nodes=True), "before.nodes is True, not a whole number"),
+    (lambda d: d["before"].update(nodes=-1), "before.nodes is -1, not a whole number"),
+    (lambda d: d["before"].update(metrics=[]), "before.metrics is [], not an object"),
+    (lambda d: d["before"].update(metrics={"a": None}), "before.metrics.a is None, not a number"),
+    (lambda d: d.update(checked=["a", 1]), "checked[1] is 1, not a text"),
+    (lambda d: d.update(checked="all"), "checked is 'all', not a list"),
+    (lambda d: d.update(model=None), "model is None, not a text"),
+    (lambda d: d.update(model="other"), "model: other against net"),
+    (lambda d: d.update(verified=False), "verified: False against True"),
+    (lambda d: d.update(schema=2), "no object with schema 1"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), _LEDGERS, ids=[m for _, m in _LEDGERS])
+def test_a_damaged_ledger_is_named_with_its_fault(
+    saved: Path, tmp_path: Path, change: Callable[[Any], object], message: str
+) -> None:
+    folder = shutil.copytree(saved, tmp_path / "out")
+    ledger = json.loads((folder / "ledger.json").read_text())
+    change(ledger)
+    (folder / "ledger.json").write_text(json.dumps(ledger))
+    for act in (lambda: explain(folder), lambda: actions_of(folder, 1)):
+        with pytest.raises(ModelError, match=re.escape(message)) as caught:
+            act()
+        assert "ledger.json" in str(caught.value)
+
+
+def test_rows_plans_and_recipe_must_be_of_one_run(saved: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved, tmp_path / "out")
+    shutil.copy(folder / "plans" / "1.json", folder / "plans" / "4.json")
+    with pytest.raises(ModelError, match=r"plans holds 4 plans, ledger.json has 3 passes"):
+        explain(folder)
+    (folder / "plans" / "4.json").unlink()
+    shutil.copy(folder / "plans" / "1.json", folder / "plans" / "2.json")
+    with pytest.raises(ModelError, match=r"plans/2.json is another pass's plan"):
+        explain(folder)
+
+
+@pytest.mark.parametrize(
+    "change", [{"actions": [1]}, {"actions": [{"rule": 2}]}, {"actions": 3}, {"strides": [1]}, {"spec": 1}], ids=str
+)
+def test_a_damaged_plan_is_named(saved: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    folder = shutil.copytree(saved, tmp_path / "out")
+    plan = json.loads((folder / "plans" / "1.json").read_text())
+    (folder / "plans" / "1.json").write_text(json.dumps({**plan, **change}))
+    with pytest.raises(ModelError, match=r"the plan 1.json cannot be read"):
+        explain(folder)
+
+
+@pytest.mark.parametrize("name", ["ledger.json", "plans/1.json"])
+def test_an_edited_file_that_still_reads_is_damage(
+    saved: Path, tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(saved, tmp_path / "out")
+    (folder / name).write_text((folder / name).read_text().replace("\n", "\n "))
+    assert run(["explain", str(folder)]) == 0
+    assert f"state:      DAMAGED: {name} damaged; as it" in capfd.readouterr().out
+    assert run(["explain", str(folder), "--pass", "1"]) == 0
+    assert f"{name} is damaged" in capfd.readouterr().err
+    assert run(["explain", str(folder), "--json", "--no-progress"]) == 0
+    assert json.loads(capfd.readouterr().out)["damaged"] == [name]
 
 
 def test_an_unverified_dir_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

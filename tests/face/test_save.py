@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -128,7 +129,7 @@ def test_an_existing_dir_is_left_alone_without_force(result: laconic.Result, sav
     assert os.listdir(saved.parent) == ["out"]
 
 
-@pytest.mark.parametrize("name", ["program.txt", "weights.safetensors", "recipe.yaml"])
+@pytest.mark.parametrize("name", ["program.txt", "weights.safetensors", "recipe.yaml", "ledger.json", "plans/2.json"])
 @pytest.mark.parametrize("damage", ["missing", "cut", "changed"])
 def test_damage_is_named(saved: Path, tmp_path: Path, name: str, damage: str) -> None:
     copy = tmp_path / "copy"
@@ -160,7 +161,17 @@ def test_an_unverified_dir_is_refused(tmp_path: Path) -> None:
 _RECIPES = [
     (lambda r: r.update(hashes={}), "hashes are of"),
     (lambda r: r["hashes"].pop("program.txt"), "hashes are of"),
-    (lambda r: r["hashes"].update({"model.onnx": "0"}), "hashes are of"),
+    (lambda r: r["hashes"].update({"model.onnx": "0"}), "model.onnx is missing"),
+    (lambda r: r["hashes"].update({"ledger.json": "0"}), "ledger.json is not the file that was saved"),
+    (lambda r: r["hashes"].update({"plans/1.json": "0"}), "plans/1.json is not the file that was saved"),
+    (lambda r: r["hashes"].update({"../x": "0"}), "names '../x', which is no file in the DIR"),
+    (lambda r: r["hashes"].update({"/etc/passwd": "0"}), "names '/etc/passwd', which is"),
+    (lambda r: r["hashes"].update({"plans/../ledger.json": "0"}), "names 'plans/../ledger.json', which is"),
+    (lambda r: r["hashes"].update({".": "0"}), "names '.', which is"),
+    (lambda r: r["hashes"].update({"a\0": "0"}), "cannot be read"),
+    (lambda r: r["hashes"].update({3: "0"}), "hashes has 3"),
+    (lambda r: r["hashes"].update({"ledger.json": 0}), "hashes has 'ledger.json': 0"),
+    (lambda r: r.update(versions=[]), "versions is not what"),
     (lambda r: r.update(format=99), "has format 99; this laconic reads format 1"),
     (lambda r: r.update(format="1"), "names no format"),
     (lambda r: r.pop("format"), "lacks 'format'"),
@@ -180,6 +191,22 @@ def test_another_recipe_is_refused(
     (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     with pytest.raises(ModelError, match=message):
         laconic.load(copy)
+
+
+def test_a_listed_link_that_leads_out_is_refused(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "copy")
+    shutil.move(tmp_path / "copy" / "ledger.json", tmp_path / "ledger.json")
+    (tmp_path / "copy" / "ledger.json").symlink_to(tmp_path / "ledger.json")
+    with pytest.raises(ModelError, match=r"names 'ledger.json', which is no file in the DIR"):
+        laconic.load(tmp_path / "copy")
+
+
+def test_all_files_but_the_recipe_are_hashed(saved: Path) -> None:
+    hashes = yaml.safe_load((saved / "recipe.yaml").read_text())["hashes"]
+    there = {str(p.relative_to(saved)) for p in saved.rglob("*") if p.is_file()}
+    assert hashes.keys() == there - {"recipe.yaml"}
+    assert "plans/1.json" in hashes
+    assert hashes == {name: hashlib.sha256((saved / name).read_bytes()).hexdigest() for name in hashes}
 
 
 @pytest.mark.parametrize("text", ["[" * 5000, "a: " + "{b: " * 3000, "- 1", "x", "", "d: 2024-99-99", "\0"], ids=str)

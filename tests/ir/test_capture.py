@@ -109,7 +109,6 @@ class Fixed(nn.Module):
 
 
 def test_an_axis_that_the_model_fixes_is_a_fact(caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("laconic").propagate = True
     with caplog.at_level(logging.WARNING, logger="laconic"):
         program = capture_module(
             Fixed(), (torch.ones(3, 4), torch.ones(3, 4)), {}, {name: {0: Dim.AUTO, 1: Dim.AUTO} for name in "xy"}

@@ -1,4 +1,4 @@
-"""Hugging Face folders: six architectures load and are captured, and each way in which a folder is wrong is named."""
+"""Hugging Face folders: seven architectures load and are captured, and each way in which a folder is wrong is named."""
 
 from __future__ import annotations
 
@@ -56,13 +56,22 @@ def _resnet() -> Any:
     return hf.ResNetForImageClassification(hf.ResNetConfig(**sizes))
 
 
-SIX: dict[str, tuple[Callable[[], Any], dict[str, int | None]]] = {
+def _whisper(kind: Any = hf.WhisperForConditionalGeneration, **changes: Any) -> Any:
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 50, "num_mel_bins": 8}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    places = {"max_source_positions": 10, "max_target_positions": 24}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    return kind(hf.WhisperConfig(**sizes, **heads, **places, **tokens, **changes))
+
+
+ARCHITECTURES: dict[str, tuple[Callable[[], Any], dict[str, int | None]]] = {
     "bert": (_bert, {"batch": None, "sequence": 48}),
     "gpt2": (_gpt2, {"batch": None, "sequence": 64}),
     "llama": (_llama, {"batch": None, "sequence": None}),
     "t5": (_t5, {"batch": None, "sequence": None, "decoder_sequence": None}),
     "vit": (_vit, {"batch": None}),
     "resnet": (_resnet, {"batch": None}),
+    "whisper": (_whisper, {"batch": None, "decoder_sequence": 24}),
 }
 
 
@@ -105,9 +114,9 @@ def refused(error: type[LaconicError], path: Path, *said: str) -> LaconicError:
     return caught.value
 
 
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_loads_and_is_captured_with_named_axes(name: str, tmp_path: Path) -> None:
-    make, axes = SIX[name]
+    make, axes = ARCHITECTURES[name]
     torch.manual_seed(0)
     model = make().eval()
     source = load_folder(save(model, tmp_path / name))
@@ -387,13 +396,19 @@ def test_unused_tensors_are_named(folder: Path, caplog: pytest.LogCaptureFixture
 
 
 def test_neither_text_nor_images(tmp_path: Path) -> None:
-    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 50, "num_mel_bins": 8}
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
-    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-    whisper = hf.WhisperModel(hf.WhisperConfig(**sizes, **heads, **tokens))
-    refused(
-        UnsupportedError, save(whisper, tmp_path / "w"), "WhisperModel", "input_features", "package.module:callable"
-    )
+    classifier = save(_whisper(hf.WhisperForAudioClassification), tmp_path / "w")
+    refused(UnsupportedError, classifier, "WhisperForAudioClassification", "input_features", "package.module:callable")
+
+
+def test_sound_of_the_length_that_the_encoder_wants(tmp_path: Path) -> None:
+    source = load_folder(save(_whisper().bfloat16(), tmp_path / "w"))
+    features = source.kwargs["input_features"]
+    assert (tuple(features.shape), features.dtype) == ((3, 8, 20), torch.bfloat16)
+    assert set(source.dynamic_shapes["input_features"]) == {0}
+    assert source.kwargs["decoder_input_ids"].shape == (3, 5)
+    assert source.kwargs["use_cache"] is False
+    with torch.no_grad(), pytest.raises(ValueError, match="to be of length 20"):
+        source.module(**{**source.kwargs, "input_features": features[..., :-1]})
 
 
 def test_transformers_missing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

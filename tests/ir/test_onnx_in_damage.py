@@ -198,3 +198,39 @@ def test_an_input_too_large_to_draw_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(LaconicError, match="too large to draw"):
         read_onnx(tmp_path / "m.onnx")
+
+
+def doubling(count: int, recursive: bool = False) -> onnx.ModelProto:
+    """A model of `count` functions, each of which calls the one before it twice: 2 ** (count - 1) nodes."""
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("own", 1)]
+
+    def function(k: int) -> onnx.FunctionProto:
+        op, domain = (f"f{k - 1}", "own") if k else ("f0" if recursive else "Relu", "own" if recursive else "")
+        nodes = [helper.make_node(op, ["x"], ["h" if k else "y"], domain=domain)]
+        if k:
+            nodes.append(helper.make_node(op, ["h"], ["y"], domain=domain))
+        return helper.make_function("own", f"f{k}", ["x"], ["y"], nodes, opsets)
+
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "xy"]
+    graph = helper.make_graph(
+        [helper.make_node(f"f{count - 1}", ["x"], ["y"], domain="own")], "g", *([v] for v in values)
+    )
+    functions = [function(k) for k in range(count)]
+    return helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=9)
+
+
+@pytest.mark.parametrize("count", [30, 5000])
+def test_functions_that_expand_without_end_are_refused(tmp_path: Path, count: int) -> None:
+    refused(doubling(count), tmp_path / "m.onnx", "expands to more than 1,000,000 nodes")
+
+
+def test_functions_that_call_themselves_are_refused(tmp_path: Path) -> None:
+    refused(doubling(2, recursive=True), tmp_path / "m.onnx", "'f0' calls itself")
+
+
+def test_functions_that_double_a_few_times_are_read(tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").write_bytes(doubling(5).SerializeToString())
+    source = read_onnx(tmp_path / "m.onnx")
+    assert sum(1 for _ in source.module.children()) == 16
+    x = torch.tensor([-1.0, 2.0])
+    assert torch.equal(torch.as_tensor(source.module(x)), x.relu())

@@ -20,6 +20,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 from torch.export import Dim
+from torch.utils._sympy.functions import FloorDiv
 
 from laconic.codegen.pt2 import write_pt2
 from laconic.ir.capture import capture_module
@@ -29,6 +30,7 @@ from laconic.ir.metrics import bit_equal
 from laconic.ir.outcomes import Outcomes
 from laconic.ir.program import Kind, Program
 from laconic.ir.pt2 import read_pt2
+from laconic.ir.pt2_sizes import is_size
 from laconic.ir.run import evaluate
 from laconic.passes.base import Contract
 from laconic.passes.contracts import check
@@ -289,6 +291,7 @@ _STRINGS: list[tuple[str, Any, str]] = [
     (SIZE, "Pow(Integer(9), Pow(Integer(9), Integer(9)))", "is no size"),
     (SIZE, "9**9**9", "is no size"),
     (SIZE, "(lambda: 1)()", "is no size"),
+    (SIZE, "CeilToInt(Float('1e300000000'))", "is no size"),
     (SIZE, "(" * 3000 + "1" + ")" * 3000, "is no size"),
     (f"{GRAPH}/inputs/0/as_tensor/name", "x=__import__('os').system('touch MARKER')", "is no name"),
     (f"{GRAPH}/nodes/0/name", "a\n    import os", "is no name"),
@@ -338,6 +341,66 @@ def test_a_size_in_a_file_would_be_run(tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     sympy.sympify(f"__import__('pathlib').Path('{marker}').touch()")
     assert marker.exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CeilToInt(Float('1e300000000'))",
+        r"CeilToInt(Float('\x31e300000000'))",
+        "1e-300000000",
+        "1e-3_0000_0000",
+        f"Float('0.{'1' * 100}')",
+        "Float('0.5', 10000000000)",
+        "1 << 40000000000",
+        "1 << (1 << 40)",
+        "1 >> 40000000000",
+        "RShift(Integer(1), Integer(40000000000))",
+        "RoundDecimal(Integer(5), -10000000000)",
+        "((2**64)**64)**64",
+        "Mul(" + ", ".join(["CeilToInt(Float('1e999'))"] * 500) + ")",
+        "Pow(Add(" + ", ".join(f"Symbol('s{k}')" for k in range(9)) + "), Integer(40))",
+        "*".join(f"(s{k} + 1)" for k in range(40)),
+        "-" * 5000 + "1",
+    ],
+)
+def test_sizes_that_grow_without_bound_are_none(text: str) -> None:
+    assert not is_size(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Symbol('s77', positive=True, integer=True)",
+        "Add(Symbol('s0', integer=True), Mul(Integer(-1), Integer(1)))",
+        "Mul(Integer(2), Pow(FloorDiv(Add(Symbol('s0'), Integer(-1)), Integer(2)), Integer(2)))",
+        "CeilToInt(Mul(Float('0.33333333333333331', precision=53), ToFloat(Symbol('s0'))))",
+        "CeilToInt(Mul(Rational(1, 3), Symbol('s0')))",
+        "Float('1.0e-5', precision=53)",
+        "(1 << 20) + s0 - 2**31",
+        "Pow(Symbol('s0'), Rational(-1, 2))",
+        "Add(" + ", ".join(f"Symbol('s{k}')" for k in range(300)) + ")",
+        "*".join(f"(s{k} + {k})" for k in range(6)),
+        "RoundDecimal(Symbol('s0'), Integer(2))",
+    ],
+)
+def test_sizes_that_models_have(text: str) -> None:
+    assert is_size(text)
+    sympy.sympify(text, locals={"FloorDiv": FloorDiv})
+
+
+@pytest.mark.parametrize("text", ["only", "\nonly\n\n"])
+def test_a_reason_is_said_once_and_cut(
+    text: str, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> Any:
+        raise RuntimeError(text.replace("only", "only " + "x" * 1000))
+
+    monkeypatch.setattr("laconic.ir.pt2.read_exported", fail)
+    with pytest.raises(ModelError) as caught:
+        read_pt2(exported)
+    assert str(caught.value).count("only") == 1
+    assert max(map(len, caught.value.why.splitlines())) < 250
 
 
 def test_guards_and_notes_are_left_out(exported: Path, tmp_path: Path) -> None:

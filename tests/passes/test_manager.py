@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
-from helpers import bits, parse
+import laconic
+from helpers import bits, optimize, parse
 from laconic.ir.capture import capture_module
-from laconic.ir.errors import UsageError
+from laconic.ir.errors import UsageError, VerificationError
 from laconic.ir.inputs import draw
 from laconic.ir.program import Program
 from laconic.ir.run import evaluate
 from laconic.ir.signature import fingerprint
-from laconic.passes.base import Pass as AnyPass
-from laconic.passes.base import PassResult, Plan
+from laconic.passes.base import Contract, Pass, PassResult, Plan
 from laconic.passes.ledger import Ledger
 from laconic.passes.manager import Instrument, PassManager, Run
 from laconic.passes.pipeline import parse_pipeline
@@ -177,10 +179,10 @@ class Watch(Instrument):
     def __init__(self) -> None:
         self.seen: list[str] = []
 
-    def before_pass(self, position: int, item: AnyPass, program: Program) -> None:
+    def before_pass(self, position: int, item: Pass, program: Program) -> None:
         self.seen.append(f"{position} {item.spec}")
 
-    def after_pass(self, position: int, item: AnyPass, result: PassResult) -> None:
+    def after_pass(self, position: int, item: Pass, result: PassResult) -> None:
         self.seen.append(f"{position} {result.modified}")
 
     def finished(self, program: Program, ledger: Ledger) -> None:
@@ -202,3 +204,38 @@ def test_a_pass_with_needs_that_nothing_provides_is_refused(planted: Program) ->
 
     with pytest.raises(UsageError, match="needs activations"):
         PassManager([Hungry()]).run(planted)
+
+
+@dataclass(frozen=True)
+class _Capped(Pass):
+    """Says `tolerance` and lets relu stop at six, which small inputs do not show."""
+
+    name: ClassVar[str] = "capped"
+    summary: ClassVar[str] = "for this test"
+    contract: ClassVar[Contract] = Contract.TOLERANCE
+    entry: str = "forward"
+
+    def plan(self, program: Program, statistics: Any = None, score: Any = None) -> Plan:
+        return Plan(self.spec, ({"rule": "cap", "entry": self.entry},))
+
+    def rewrite(self, program: Program, plan: Plan) -> None:
+        for node in program.entries[self.entry].calls():
+            if node.target is torch.ops.aten.relu.default:
+                node.target = torch.ops.aten.relu6.default
+
+
+def test_the_case_that_breaks_a_tolerance_is_judged_again() -> None:
+    inputs = [(torch.rand(3, 4),), (torch.full((3, 4), 100.0),)]
+    with pytest.raises(VerificationError, match="the contract 'tolerance' is broken"):
+        laconic.optimize(torch.nn.ReLU(), [_Capped()], inputs=inputs)
+
+
+def test_a_program_with_entries_that_are_not_checked_is_not_called_verified() -> None:
+    body = """
+      input %x: f32[3] in [-1.0, 1.0]
+      argument x = %x
+      %y: f32[3] = aten.relu(%x)
+      return %y
+    """
+    both = parse(f"entry forward {{{body}}}\nentry decode {{{body}}}")
+    assert not optimize(both, [_Capped(entry="decode")]).ledger.verified

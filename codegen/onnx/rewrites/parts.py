@@ -116,7 +116,8 @@ def _split(editor: Editor, x: ir.Value, axis: int) -> int:
     shape = sizes(x)
     slices: dict[tuple[int, int], ir.Node] = {}
     for user, place in x.uses():
-        found = _sliced(editor, user) if place == 0 and user.op_type == "Slice" and not user.domain else None
+        beside = place == 0 and user.op_type == "Slice" and not user.domain and user.graph is editor.graph
+        found = _sliced(editor, user) if beside else None
         if found is not None and found[0] == axis:
             slices.setdefault(found[1:], user)
     spans = sorted(slices)
@@ -161,7 +162,7 @@ def _alike(parts: tuple[ir.Value, ...]) -> Iterator[list[Use]]:
     for use in parts[0].uses():
         group: list[Use] = [(use.node, use.idx)]
         for part in parts[1:]:
-            uses = [(u.node, u.idx) for u in part.uses() if u.node not in taken]
+            uses = [(u.node, u.idx) for u in part.uses() if u.node not in taken and u.node.graph is part.graph]
             group += [u for u in uses if u not in group and _like(group[0], u)][:1]
         if len(group) == len(parts) and len({node for node, _ in group}) == len(parts):
             taken |= {node for node, _ in group}

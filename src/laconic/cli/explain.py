@@ -8,17 +8,19 @@ from typing import Annotated
 import typer
 
 from laconic.cli.logs import configure
-from laconic.cli.options import Json, Quiet, Verbose, print_json
+from laconic.cli.options import Json, NoProgress, Quiet, Verbose, print_json
 
 
 def explain(
     path: Annotated[Path, typer.Argument(metavar="DIR", help="A DIR that `laconic optimize -o DIR` wrote.")],
     number: Annotated[
-        int | None, typer.Option("--pass", min=1, help="All actions of this pass, by its number.")
+        int | None,
+        typer.Option("--pass", min=1, help="All actions of this pass, by its number; --json: `actions` of the schema."),
     ] = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
+    no_progress: NoProgress = False,
 ) -> None:
     """Say what each pass of a saved DIR did, where, and what it cost."""
     configure(quiet, verbose)

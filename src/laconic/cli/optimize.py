@@ -80,7 +80,7 @@ def optimize(
         from laconic.passes.manager import PassManager
         from laconic.sources import program_of
 
-        instruments = flags.instruments(passes, shown, force, ["--seed", str(seed)] if seed else [])
+        instruments = flags.instruments(passes, shown, force, _repeated(seed, threads, verify_each, check))
         if target is not None:
             refuse_foreign(target)
         program = program_of(model, shown.stage)
@@ -95,6 +95,16 @@ def optimize(
     return print_json(run.ledger.to_json()) if json else _report(run.ledger, target)
 
 
+def _repeated(seed: int, threads: int, verify_each: bool, check: bool) -> list[str]:
+    """The options on which it depends whether and how a pass fails."""
+    return [
+        *(["--seed", str(seed)] if seed else []),
+        *(["--threads", str(threads)] if threads else []),
+        *([] if verify_each else ["--no-verify-each"]),
+        *([] if check else ["--no-check"]),
+    ]
+
+
 def _refuse_slips(target: Path | None, dumps: Path | None, formats: list[str], force: bool) -> None:
     """Raise UsageError for formats and places that will not do."""
     for name in formats:
@@ -102,11 +112,20 @@ def _refuse_slips(target: Path | None, dumps: Path | None, formats: list[str], f
             raise UsageError(f"there is no format {name!r}", hint=did_you_mean(name, FORMATS))
     if target is None:
         return
+    if "onnx" in formats:
+        from laconic.codegen.onnx.runtime import onnxruntime
+
+        onnxruntime()  # without one that works nothing can be checked: say so before the slow part
     refuse_early(target, force)
-    if dumps is not None and dumps.resolve().is_relative_to(target.resolve()):
+    if dumps is None:
+        return
+    inner, outer = dumps.resolve(), target.resolve()
+    if inner.is_relative_to(outer):
         raise UsageError(
             f"the dumps would stand inside {target}, which is written whole", hint="give another --dump-dir"
         )
+    if outer.is_relative_to(inner):
+        raise UsageError(f"{target} would stand inside {dumps}, which holds nothing but dumps", hint="give another -o")
 
 
 def _report(ledger: Ledger, target: Path | None) -> None:
@@ -118,4 +137,4 @@ def _report(ledger: Ledger, target: Path | None) -> None:
     elif ledger.verified:
         typer.echo(f"{target} is written, read back and verified")
     else:
-        typer.echo(f"{target} is written and marked UNVERIFIED, since checks were switched off")
+        typer.echo(f"{target} is written and marked UNVERIFIED, since not all of it was checked")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import typer
 
-from laconic.cli.options import Json, print_json
+from laconic.cli.logs import configure
+from laconic.cli.options import Json, NoProgress, Quiet, Verbose, print_json
 
 
-def passes(json: Json = False) -> None:
+def passes(json: Json = False, quiet: Quiet = False, verbose: Verbose = 0, no_progress: NoProgress = False) -> None:
     """List the passes: contract, what they need, options."""
+    configure(quiet, verbose)
     from laconic.cli.report import passes_table, print_table
     from laconic.passes.pipeline import options_of
     from laconic.passes.registry import PRESETS, load_all

@@ -18,10 +18,10 @@ _DIFF = {"-": "red", "+": "green", "@": "cyan", "*": "bold"}
 
 def wide_console(*, stderr: bool) -> Console:
     """Stdout or stderr; as wide as the terminal, else wide enough for a ledger."""
-    found = Console(stderr=stderr, highlight=False)
+    found = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
     if found.is_terminal or "COLUMNS" in os.environ:
         return found
-    return Console(stderr=stderr, highlight=False, width=120)
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, width=120)
 
 
 class Display:

@@ -135,12 +135,14 @@ def explain_report(found: Explanation) -> None:
     out = console()
     recipe, versions = found.recipe, found.recipe.get("versions") or {}
     verified = "verified" if recipe["verified"] else "UNVERIFIED: written with checks switched off"
+    damaged = ", ".join(f"{name} {found.files[name]}" for name in found.damaged)
     files = ", ".join(f"{name} {state}" for name, state in found.files.items())
     for name, text in (
         ("model", recipe.get("model")),
         ("pipeline", recipe.get("pipeline")),
         ("made by", ", ".join(f"{package} {version}" for package, version in versions.items())),
-        ("state", f"{verified}; {files}"),
+        ("state", f"DAMAGED: {damaged}; as it was written: {verified}" if damaged else verified),
+        ("files", files),
         ("checked on", ", ".join(found.ledger.checked) or "no inputs"),
         ("problem", found.problem),
     ):
