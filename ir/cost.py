@@ -253,9 +253,7 @@ _HOLDS_PRODUCTS = {
         )
     ),
 }
-_NO_PRODUCTS = {
-    f"aten.linalg_{name}" for name in ("vector_norm", "norm", "cross", "diagonal", "vander", "_powsum")
-}
+_NO_PRODUCTS = {f"aten.linalg_{name}" for name in ("vector_norm", "norm", "cross", "diagonal", "vander", "_powsum")}
 
 
 def _is_uncounted(name: str) -> bool:

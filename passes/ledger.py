@@ -54,7 +54,7 @@ class Ledger:
     model: str
     pipeline: str
     before: Sizes
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list, metadata={"json": "passes"})
     verified: bool = False
     checked: list[str] = field(default_factory=list)
 
@@ -79,14 +79,13 @@ class Ledger:
         """Raises ValueError, which names the place, for what is no ledger of this schema."""
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             raise ValueError(f"it is no object with schema {SCHEMA}")
-        given = {"rows" if key == "passes" else key: value for key, value in data.items()}
-        found: Ledger = _read(cls, {key: value for key, value in given.items() if key not in ("schema", "after")}, "")
+        found: Ledger = _read(cls, {key: value for key, value in data.items() if key not in ("schema", "after")}, "")
         for number, row in enumerate(found.rows):
             if row.contract not in set(Contract):
                 raise ValueError(f"passes[{number}].contract is {reprlib.repr(row.contract)}, which is none")
             if not row.seconds >= 0:
                 raise ValueError(f"passes[{number}].seconds is {row.seconds}")
-        if _read(Sizes, data.get("after"), "after") != found.after:
+        if repr(_read(Sizes, data.get("after"), "after")) != repr(found.after):  # nan is nan there
             raise ValueError("after is not what the last pass left")
         return found
 
@@ -101,21 +100,22 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     if isinstance(kind, UnionType):
         return None if value is None else _read(arguments[0], value, where)
     if get_origin(kind) is list:
-        # The ledger's rows are its passes in JSON.
-        place = "passes" if where == "rows" else where
-        return [_read(arguments[0], item, f"{place}[{k}]") for k, item in enumerate(_of(list, value, place, "a list"))]
+        return [_read(arguments[0], item, f"{where}[{k}]") for k, item in enumerate(_of(list, value, where, "a list"))]
     if get_origin(kind) is dict:
         return {k: _read(arguments[1], v, f"{where}.{k}") for k, v in _of(dict, value, where, "an object").items()}
     if is_dataclass(kind):
         _of(dict, value, where, "an object")
+        make: Any = kind
         hints = get_type_hints(kind)
-        for name in (f.name for f in fields(kind) if f.name not in value):
-            raise ValueError(f"{where or 'it'} lacks {('passes' if name == 'rows' else name)!r}")
-        for name in sorted(value.keys() - hints.keys()):
+        names = {f.metadata.get("json", f.name): f.name for f in fields(kind)}
+        for name in sorted(names.keys() - value.keys()):
+            raise ValueError(f"{where or 'it'} lacks {name!r}")
+        for name in sorted(value.keys() - names.keys()):
             raise ValueError(f"{where or 'it'} has {name!r}, which is not known")
-        return kind(**{name: _read(hints[name], v, f"{where}.{name}".lstrip(".")) for name, v in value.items()})
-    accepted = (int, float) if kind is float else (kind,)
-    if type(value) not in accepted or (kind is int and value < 0):
+        read = {name: _read(hints[names[name]], v, f"{where}.{name}".lstrip(".")) for name, v in value.items()}
+        return make(**{names[name]: v for name, v in read.items()})
+    accepted = (int, float) if kind is float else kind
+    if not isinstance(value, accepted) or isinstance(value, bool) is not (kind is bool) or (kind is int and value < 0):
         raise ValueError(f"{where} is {reprlib.repr(value)}, not {_WORDS[kind]}")
     return value
 

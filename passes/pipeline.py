@@ -60,11 +60,11 @@ def _preset(name: str) -> list[Pass]:
 def positions(text: str, passes: Sequence[Pass]) -> set[int]:
     """Where in a pipeline the pass stands that `text` names: `dedup` is any, `dedup{slices=no}` one with these options.
 
-    Raises PipelineError for text that is no pass, UsageError for a name that none has, or none in the pipeline.
+    Raises PipelineError for text that is no pass, UsageError if none in the pipeline is meant.
     """
-    name = _NAME.match(text.strip())
-    if name is not None and name.group() not in (*names(), *PRESETS):
-        raise UsageError(f"there is no pass {name.group()!r}", hint=did_you_mean(name.group(), names()))
+    name = _NAME.match(text, _skip(text, 0))
+    if name is not None and name.group() not in (*names(), *PRESETS):  # a preset, which is no pass, is not suggested
+        _fail(text, name.start(), f"there is no pass {name.group()!r}", hint=did_you_mean(name.group(), names()))
     named = parse_pipeline(text)
     if len(named) != 1 or text.strip() in PRESETS:
         raise UsageError(f"{text!r} is not one pass", hint=did_you_mean(text, [p.name for p in passes]))

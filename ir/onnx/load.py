@@ -30,8 +30,8 @@ STANDARD = ("", "ai.onnx")
 OLDEST, NEWEST = 7, 28
 #: A protobuf message holds at most 2 GiB; larger models keep their weights in files beside them.
 _LONGEST = 2**31 - 1
-#: A few times as many nodes as the largest models have.
-_MOST_NODES = 1_000_000
+#: A few times as many nodes, and functions that call each other in a row, as the largest models have.
+_MOST_NODES, _MOST_LEVELS = 100_000, 100
 _AGAIN = "copy or export the file again"
 #: What Python's protobuf and onnx-ir raise for a message that parses and yet makes no sense.
 _GARBLED = (
@@ -66,9 +66,9 @@ def load(path: Path) -> Loaded:
         _refuse_foreign_tensors(proto, path)
         weights = _take_weights(proto, path)
         _refuse_garbled(proto, path)
-        _refuse_expansion(proto, path)
+        levels = _levels(proto, path)
         _check(proto, path)
-        return Loaded(_inlined(proto), weights, opset)
+        return Loaded(_inlined(proto, levels), weights, opset)
     except LaconicError:
         raise
     except _GARBLED as problem:
@@ -277,34 +277,44 @@ def _refuse_garbled(message: Message, path: Path) -> None:
 _Op = tuple[str, str, str]
 
 
-def _refuse_expansion(proto: ModelProto, path: Path) -> None:
-    """Raise ModelError for functions that call themselves, or that are too many nodes once each call is its body: the
-    number may double with each function of the file. Counted from the functions that call none upwards."""
+def _identifier(domain: str, name: str, overload: str) -> _Op:
+    return "" if domain in STANDARD else domain, name, overload
 
-    def identifier(domain: str, name: str, overload: str) -> _Op:
-        return "" if domain in STANDARD else domain, name, overload
 
-    def ops(body: Iterable[NodeProto]) -> Counter[_Op]:
-        return Counter(identifier(n.domain, n.op_type, n.overload) for n in _nodes(body))
+def _calls(body: Iterable[NodeProto]) -> Counter[_Op]:
+    return Counter(_identifier(n.domain, n.op_type, n.overload) for n in _nodes(body))
 
-    calls = {identifier(f.domain, f.name, f.overload): ops(f.node) for f in proto.functions}
+
+def _levels(proto: ModelProto, path: Path) -> list[tuple[_Op, ...]]:
+    """The functions of the model, those first that call none, then those that call only these, and so on. Raises
+    ModelError for functions that call themselves, or that are too many nodes once each call is its body: the number
+    may double with each function of the file."""
+    calls = {_identifier(f.domain, f.name, f.overload): _calls(f.node) for f in proto.functions}
     sizes: dict[_Op, int] = {}
+    levels: list[tuple[_Op, ...]] = []
 
     def expanded(body: Counter[_Op]) -> int:
         return sum(times * sizes.get(op, 1) for op, times in body.items())
 
+    sorter = TopologicalSorter({op: body.keys() & calls.keys() for op, body in calls.items()})
     try:
-        for op in TopologicalSorter({op: body.keys() & calls.keys() for op, body in calls.items()}).static_order():
-            sizes[op] = min(expanded(calls[op]), _MOST_NODES + 1)  # enough is known, and the number stays short
+        sorter.prepare()
     except CycleError as problem:
         raise damaged(path, f"its function {problem.args[1][0][1]!r} calls itself") from problem
-    if calls and expanded(ops(proto.graph.node)) > _MOST_NODES:
+    while level := sorter.get_ready():
+        levels.append(level)
+        sorter.done(*level)
+        # Enough is known beyond the limit, and the numbers stay short.
+        sizes |= {op: min(expanded(calls[op]), _MOST_NODES + 1) for op in level}
+    many = [size for size in (*sizes.values(), expanded(_calls(proto.graph.node))) if size > _MOST_NODES]
+    if levels and (many or len(levels) > _MOST_LEVELS):
         raise ModelError(
-            f"{path.name} expands to more than {_MOST_NODES:,} nodes",
+            f"{path.name} expands to more than {_MOST_NODES:,} nodes" if many else f"{path.name} nests its functions",
             where=str(path),
-            why=f"its {len(calls)} functions call each other again and again",
-            hint="no model is that large: export it again",
+            why=f"its {len(calls)} functions call each other, {len(levels)} levels deep",
+            hint=f"at most {_MOST_NODES:,} nodes and {_MOST_LEVELS} levels are read: export the model in fewer",
         )
+    return levels
 
 
 def _check(proto: ModelProto, path: Path) -> None:
@@ -315,10 +325,25 @@ def _check(proto: ModelProto, path: Path) -> None:
         raise damaged(path, "\n".join(str(problem).splitlines()[:4])) from problem
 
 
-def _inlined(proto: ModelProto) -> onnx_ir.Model:
+def _name_apart(body: Iterable[NodeProto]) -> None:
+    """Name those nodes of a body that have no name, or that of another: the pass that inlines makes names of the names
+    of calls, and where they are equal tries one number after another, in quadratic time."""
+    taken: set[str] = {""}
+    for number, node in enumerate(_nodes(body)):
+        if node.name in taken:
+            node.name = f"{node.name or node.op_type}_{number}"
+        taken.add(node.name)
+
+
+def _inlined(proto: ModelProto, levels: list[tuple[_Op, ...]]) -> onnx_ir.Model:
+    """The model without functions. They are put in line from the innermost outwards: a call inside of a call would
+    get a name that holds the names of all around it, each of which does likewise, and doubles in length each time."""
+    for function in proto.functions:
+        _name_apart(function.node)
     model = onnx_ir.from_proto(proto)
-    if proto.functions:
+    if levels:
         from onnx_ir.passes.common import InlinePass
 
-        model = InlinePass()(model).model
+        for level in map(set, levels):
+            model = InlinePass(lambda function, level=level: function.identifier() in level)(model).model  # type: ignore[misc]
     return model

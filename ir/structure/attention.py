@@ -23,6 +23,7 @@ from laconic.ir.structure.records import Attention, NearMiss, Norm, Projection
 
 aten = torch.ops.aten
 
+
 @dataclass(frozen=True)
 class Way:
     """From a projection to an operand of the core: the calls between, and the products found."""

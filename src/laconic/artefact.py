@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -33,6 +32,7 @@ from laconic.passes.base import Contract, Plan
 from laconic.passes.contracts import check
 from laconic.passes.ledger import Ledger
 from laconic.passes.plans import write_plan
+from laconic.schema import finite
 from laconic.version import __version__
 
 RECIPE = "recipe.yaml"
@@ -76,7 +76,9 @@ def save(
         (temporary / PLANS).mkdir()
         for number, plan in enumerate(plans, start=1):
             write_plan(plan, temporary / PLANS, number)
-        (temporary / LEDGER).write_text(json.dumps(ledger.to_json(), indent=1) + "\n", encoding="utf-8")
+        (temporary / LEDGER).write_text(
+            json.dumps(finite(ledger.to_json()), indent=1, allow_nan=False) + "\n", encoding="utf-8"
+        )
         progress("reading it back")
         _compare(program, read_back(temporary, program))
         for name in dict.fromkeys(formats):
@@ -161,16 +163,16 @@ _KINDS: dict[str, type] = {
 
 
 def _check_names(folder: Path, hashes: dict[Any, Any]) -> None:
-    """Raise TypeError unless program and weights are listed, and all that is lies in the folder itself."""
+    """Raise TypeError unless program and weights are listed, and each name is one of the folder's own. What a link in
+    it leads to is read, and held to its hash."""
     if not hashes.keys() >= {PROGRAM, WEIGHTS}:
         raise TypeError(f"hashes are of {sorted(map(str, hashes))}, and not of {PROGRAM} and {WEIGHTS}")
-    root = os.path.realpath(folder)
     for name, expected in hashes.items():
         if not isinstance(name, str) or not isinstance(expected, str):
             raise TypeError(f"hashes has {name!r}: {expected!r}, and not texts")
         plain = PurePosixPath(name)
-        inside = Path(os.path.realpath(folder / name)).is_relative_to(root)
-        if plain.is_absolute() or ".." in plain.parts or str(plain) != name or not plain.parts or not inside:
+        foreign = plain.is_absolute() or ".." in plain.parts or not plain.parts or str(plain) != name
+        if foreign or "\0" in name:
             raise TypeError(f"hashes names {name!r}, which is no file in the DIR")
 
 

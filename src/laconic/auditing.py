@@ -121,7 +121,7 @@ def audit(
     `inputs` (a tuple of positional or a dict of keyword arguments) and `dynamic_shapes` are those of `optimize`, for a
     module. `sizes` are those at which costs are counted, by the axes' names; the example's where not given.
 
-    Raises UsageError for the name of no dynamic size, and what capture raises.
+    Raises UsageError for the name of no dynamic size or a size out of its range, and what capture raises.
     """
     if isinstance(model, nn.Module):
         if inputs is None:
@@ -136,7 +136,7 @@ def audit_program(
 ) -> Audit:
     """Audit a Program at these sizes (by display name; the example's where not given).
 
-    Raises UsageError for the name of no dynamic size.
+    Raises UsageError for the name of no dynamic size or a size out of its range.
     """
     program = inline(program)
     measure_at(program, sizes)

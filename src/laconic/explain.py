@@ -83,8 +83,8 @@ class Explanation:
 
 
 def explain(path: str | Path) -> Explanation:
-    """Read a DIR. Raises UsageError if it is no folder, ModelError if it is no DIR, or its recipe, ledger or plans cannot
-    be read or do not fit together."""
+    """Read a DIR. Raises UsageError if it is no folder, ModelError if it is no DIR, or its recipe, ledger or plans
+    cannot be read or do not fit together."""
     folder = Path(path)
     recipe, ledger = _opened(folder)
     plans = [_plan(folder, number, row) for number, row in enumerate(ledger.rows, start=1)]
@@ -105,7 +105,7 @@ def read_ledger(folder: Path) -> Ledger:
     except FileNotFoundError as problem:
         raise ModelError(f"{LEDGER} is missing", where=str(folder), hint=_INCOMPLETE) from problem
     except (OSError, ValueError, RecursionError) as problem:
-        raise ModelError(f"{LEDGER} cannot be read", where=str(path), why=str(problem)) from problem
+        raise ModelError(f"{LEDGER} cannot be read", where=str(path), why=str(problem), hint=_INCOMPLETE) from problem
 
 
 def actions_of(path: str | Path, number: int) -> list[dict[str, Any]]:

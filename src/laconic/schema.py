@@ -1,12 +1,14 @@
 """The JSON Schema of all that laconic writes as JSON: each command's `--json`, and ledger.json.
 
 `schema.json` stands beside this file, a definition for each command under the command's name. A field may be added in
-one version; what a field means, or that it is there, changes with the version, which every document carries.
+one version; what a field means, or that it is there, changes with the version, which every document carries. A number
+that is not finite is null.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from importlib.resources import files
 from typing import Any
 
@@ -28,3 +30,12 @@ def schema_of(command: str) -> dict[str, Any]:
     if command not in whole["$defs"]:
         raise UsageError(f"there is no schema {command!r}", hint=did_you_mean(command, whole["$defs"]))
     return {**whole, "$ref": f"#/$defs/{command}"}
+
+
+def finite(data: Any) -> Any:
+    """A document with null for each number that JSON has no word for: NaN and the infinities."""
+    if isinstance(data, dict):
+        return {key: finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data

@@ -16,6 +16,7 @@ from laconic.artefact import save
 from laconic.cli.main import run
 from laconic.explain import Place, actions_of, explain
 from laconic.ir.errors import ModelError
+from laconic.passes.ledger import Ledger
 
 TEXT = """
 parameter @a: f32[4, 4] trainable
@@ -172,6 +173,7 @@ _LEDGERS = [
     (lambda d: d["passes"].reverse(), "after is not what the last pass left"),
     (lambda d: d.update(passes={}), "passes is {}, not a list"),
     (lambda d: d.pop("passes"), "it lacks 'passes'"),
+    (lambda d: d.update(rows=d["passes"]), "it has 'rows', which is not known"),
     (lambda d: d["before"].update(nodes=True), "before.nodes is True, not a whole number"),
     (lambda d: d["before"].update(nodes=-1), "before.nodes is -1, not a whole number"),
     (lambda d: d["before"].update(metrics=[]), "before.metrics is [], not an object"),
@@ -197,6 +199,14 @@ def test_a_damaged_ledger_is_named_with_its_fault(
         with pytest.raises(ModelError, match=re.escape(message)) as caught:
             act()
         assert "ledger.json" in str(caught.value)
+
+
+def test_a_ledger_with_what_is_no_number_reads_back(saved: Path) -> None:
+    data = json.loads((saved / "ledger.json").read_text())
+    for sizes in (data["after"], data["passes"][-1]["after"]):
+        sizes.update(max_abs=float("nan"), metrics={"accuracy": -1})
+    read = Ledger.from_json(json.loads(json.dumps(data)))
+    assert json.dumps(read.to_json()) == json.dumps(data)
 
 
 def test_rows_plans_and_recipe_must_be_of_one_run(saved: Path, tmp_path: Path) -> None:

@@ -148,3 +148,15 @@ def test_values_of_another_kind_are_refused(name: str, spoil: Callable[[Any], No
     spoil(ledger)
     with pytest.raises(jsonschema.ValidationError):
         check(ledger, name)
+
+
+def test_numbers_that_are_not_finite_are_null(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "log_of_less.py").write_text(
+        "import torch\nfrom torch import nn\n\nclass Log(nn.Module):\n    def forward(self, x):\n"
+        "        return torch.log(-x.abs() - 1)\n\ndef model():\n    return Log(), {'x': torch.randn(3, 4)}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert run(["eval", "log_of_less:model", "--against", "log_of_less:model", "--repeats", "1", "-q", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out, parse_constant=lambda word: pytest.fail(word))
+    assert [row["cosine"] for row in document["rows"]] == [None] * len(document["rows"])
+    jsonschema.validate(document, schema_of("eval"))

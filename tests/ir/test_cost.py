@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -10,12 +11,13 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.export import Dim
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from architectures import EIGHT, make
 from helpers import parse
+from laconic.auditing import audit
 from laconic.ir.capture import capture_module
-from laconic.ir.cost import cost_at, flops_at, symbolic_cost
+from laconic.ir.cost import _RULES, Cost, _is_uncounted, cost_at, flops_at, symbolic_cost
 from laconic.ir.errors import UsageError
 from laconic.ir.inputs import cases
 from laconic.ir.liveness import peak_activation
@@ -113,6 +115,80 @@ def test_costs_of_nodes_pointwise_elements_and_what_is_not_counted() -> None:
         )
     )
     assert symbolic_cost(recurrent.forward).uncounted == ("aten.gru.input",)
+
+
+def test_sizes_out_of_their_range_are_refused() -> None:
+    text = entry("%y: f32[n, 3] = aten.exp(%x)\nreturn %y", "x: f32[n, 3]")
+    program = parse(text)
+    with pytest.raises(UsageError, match="n=0 is out of range") as refused:
+        cost_at(program, program.forward, {"n": 0})
+    assert "[1, inf]" in str(refused.value)
+    bounded = parse(text.replace("[1, inf]", "[2, 8]"))
+    assert cost_at(bounded, bounded.forward, {"n": 8}).pointwise == 24
+    for size in (1, 9):
+        with pytest.raises(UsageError, match=f"n={size} is out of range"):
+            flops_at(bounded, {"n": size})
+        with pytest.raises(UsageError, match=r"\[2, 8\]"):
+            audit(bounded, sizes={"n": size})
+
+
+COUNTED: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "einsum of matrices": lambda x, y: torch.einsum("...qd,...kd->...qk", x, y),
+    "einsum with implied result": lambda x, y: torch.einsum("...ij,...kj", x, y),
+    "einsum with dots on one side": lambda x, y: torch.einsum("...qd,kd->...qk", x, y[0]),
+    "einsum with unlike dots": lambda x, y: torch.einsum("...qd,...kd->...qk", x, y[0]),
+    "inner": lambda x, y: torch.inner(x, y[0]),
+    "linalg.matmul": lambda x, y: torch.linalg.matmul(x, y.mT),
+    "baddbmm": lambda x, y: torch.baddbmm(x @ x.mT, x, y.mT),
+}
+#: What torch counts some FLOPs for, or what is made of products without being counted there either.
+NOT_COUNTED: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "matrix_power": lambda x, y: torch.matrix_power(x @ y.mT, 3),
+    "cdist": lambda x, y: torch.cdist(x, y),
+    "kron": lambda x, y: torch.kron(x[0], y[0]),
+    "chain_matmul": lambda x, y: torch.linalg.multi_dot([x[0], y[0].mT, x[0]]),
+    "linalg.solve": lambda x, y: torch.linalg.solve(x @ x.mT + torch.eye(5), y),
+    "linalg.inv": lambda x, y: torch.linalg.inv(x @ x.mT + torch.eye(5)),
+    "matrix_exp": lambda x, y: torch.linalg.matrix_exp(x @ y.mT),
+}
+
+
+class Each(nn.Module):
+    """Functions of the same two inputs, beside each other."""
+
+    def __init__(self, functions: Iterable[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]) -> None:
+        super().__init__()
+        self.functions = list(functions)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(function(x, y) for function in self.functions)
+
+
+def costs_beside_torch(functions: Iterable[Callable[..., torch.Tensor]]) -> tuple[Cost, int]:
+    module, inputs = Each(functions), (torch.randn(3, 5, 4), torch.randn(3, 5, 4))
+    program = capture_module(module, inputs, {}, check=False)
+    return cost_at(program, program.forward), counted(module, *inputs)
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_products_of_every_spelling_are_those_that_torch_counts(name: str) -> None:
+    cost, torchs = costs_beside_torch([COUNTED[name]])
+    assert (cost.flops, cost.uncounted) == (torchs, ())
+    assert cost.flops > 0
+
+
+@pytest.mark.parametrize("name", NOT_COUNTED)
+def test_what_holds_products_and_is_not_counted_is_named(name: str) -> None:
+    cost, torchs = costs_beside_torch([NOT_COUNTED[name]])
+    assert cost.flops <= torchs
+    assert len(cost.uncounted) == 1
+
+
+def test_no_op_that_torch_counts_is_silently_free() -> None:
+    silent = [name for name in map(str, flop_registry) if name not in _RULES and not _is_uncounted(name)]
+    assert silent == []
+    assert not any(map(_is_uncounted, ("aten.add.Tensor", "aten.linalg_vector_norm", "aten.softmax.int", "aten.mm")))
+    assert all(map(_is_uncounted, ("aten.baddbmm.dtype", "aten._linalg_svd", "aten.gru.data", "aten.lstm_cell")))
 
 
 class Mixed(nn.Module):

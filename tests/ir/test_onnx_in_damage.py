@@ -1,6 +1,7 @@
 """Damaged .onnx files: a reason each time, never a crash, and nothing that is not checked reaches native code."""
 
 import random
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from laconic.ir.errors import LaconicError, ModelError
 from laconic.ir.onnx import read_onnx
+from laconic.ir.onnx.load import load
+from laconic.ir.onnx.module import Step
 from laconic.sources import capture_source
 
 SEED, MUTATIONS = 0, 300
@@ -200,14 +203,14 @@ def test_an_input_too_large_to_draw_is_refused(tmp_path: Path) -> None:
         read_onnx(tmp_path / "m.onnx")
 
 
-def doubling(count: int, recursive: bool = False) -> onnx.ModelProto:
-    """A model of `count` functions, each of which calls the one before it twice: 2 ** (count - 1) nodes."""
+def doubling(count: int, recursive: bool = False, times: int = 2) -> onnx.ModelProto:
+    """A model of `count` functions that each call the one before it `times` times: 2 ** (count - 1) nodes if twice."""
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("own", 1)]
 
     def function(k: int) -> onnx.FunctionProto:
         op, domain = (f"f{k - 1}", "own") if k else ("f0" if recursive else "Relu", "own" if recursive else "")
-        nodes = [helper.make_node(op, ["x"], ["h" if k else "y"], domain=domain)]
-        if k:
+        nodes = [helper.make_node(op, ["x"], ["h" if k and times > 1 else "y"], domain=domain)]
+        if k and times > 1:
             nodes.append(helper.make_node(op, ["h"], ["y"], domain=domain))
         return helper.make_function("own", f"f{k}", ["x"], ["y"], nodes, opsets)
 
@@ -221,7 +224,7 @@ def doubling(count: int, recursive: bool = False) -> onnx.ModelProto:
 
 @pytest.mark.parametrize("count", [30, 5000])
 def test_functions_that_expand_without_end_are_refused(tmp_path: Path, count: int) -> None:
-    refused(doubling(count), tmp_path / "m.onnx", "expands to more than 1,000,000 nodes")
+    refused(doubling(count), tmp_path / "m.onnx", "expands to more than 100,000 nodes")
 
 
 def test_functions_that_call_themselves_are_refused(tmp_path: Path) -> None:
@@ -231,6 +234,23 @@ def test_functions_that_call_themselves_are_refused(tmp_path: Path) -> None:
 def test_functions_that_double_a_few_times_are_read(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(doubling(5).SerializeToString())
     source = read_onnx(tmp_path / "m.onnx")
-    assert sum(1 for _ in source.module.children()) == 16
+    assert sum(isinstance(module, Step) for module in source.module.modules()) == 16
     x = torch.tensor([-1.0, 2.0])
-    assert torch.equal(torch.as_tensor(source.module(x)), x.relu())
+    assert torch.equal(source.module(x=x)["y"], x.relu())
+
+
+def test_functions_of_nameless_calls_are_inlined_in_no_time(tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").write_bytes(doubling(13).SerializeToString())
+    started = time.process_time()
+    assert len(load(tmp_path / "m.onnx").model.graph) == 4096
+    assert time.process_time() - started < 15  # 0.6 s; 35 s where names are tried one after another
+
+
+@pytest.mark.parametrize("count", [90, 101])
+def test_functions_nested_deeply(tmp_path: Path, count: int) -> None:
+    (tmp_path / "m.onnx").write_bytes(doubling(count, times=1).SerializeToString())
+    if count > 100:
+        with pytest.raises(ModelError, match="101 levels deep"):
+            load(tmp_path / "m.onnx")
+    else:
+        assert [node.op_type for node in load(tmp_path / "m.onnx").model.graph] == ["Relu"]

@@ -106,13 +106,48 @@ def with_sink(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
     return (scores - scores.max(-1, keepdim=True).values).softmax(-1)[..., :-1] @ v
 
 
+def capped_only(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(q @ k.mT / 2).softmax(-1) @ v
+
+
+def capped_as_gemma(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    hidden = torch.full((q.shape[-2], q.shape[-2]), -1e9).triu(1)
+    return (torch.tanh(q @ k.mT / 2 / 5) * 5 + hidden).softmax(-1) @ v
+
+
+def by_einsum(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+    weights = (torch.einsum("bqhd,bkhd->bhqk", q, k) * 0.5).softmax(-1)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v).transpose(1, 2)
+
+
+def by_einsum_with_dots(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    weights = (torch.einsum("...jd,...id->...ij", k, q) * 0.5).softmax(-1)  # keys first
+    return torch.einsum("...ij,...jd->...id", weights, v)
+
+
+def with_alibi(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """As BLOOM: the bias is added by the product."""
+    q, k, v = (y.flatten(0, 1) for y in (q, k, v))
+    alibi = torch.arange(k.shape[1], dtype=torch.float32).expand(q.shape[0], 1, -1)
+    scores = alibi.baddbmm(q, k.mT, beta=1.0, alpha=0.5).unflatten(0, (-1, HEADS))
+    hidden = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(1)
+    weights = scores.masked_fill(hidden, -1e9).softmax(-1).flatten(0, 1)
+    return torch.bmm(weights, v).unflatten(0, (-1, HEADS))
+
+
 WRITTEN: list[tuple[Callable[..., torch.Tensor], int, dict[str, Any]]] = [
-    (plain, 4, {"scale": 0.5, "causal": False, "masked": False, "fused": False}),
+    (plain, 4, {"scale": 0.5, "causal": False, "masked": False, "fused": False, "softcap": None, "sink": False}),
     (causal_fill, 4, {"scale": 0.5, "causal": True, "masked": True}),
     (causal_add, 4, {"scale": 0.25, "causal": True, "masked": True}),
     (joined_batch, 4, {"scale": 1.0, "causal": False}),
-    (capped, 4, {"scale": 1.0, "fused": False}),
-    (with_sink, 4, {"scale": 0.5, "fused": False}),
+    (capped, 4, {"scale": 1.0, "fused": False, "softcap": 50.0, "sink": False}),
+    (capped_only, 4, {"scale": 0.5, "softcap": 1.0}),
+    (capped_as_gemma, 4, {"scale": 0.5, "softcap": 5.0, "causal": True}),
+    (with_sink, 4, {"scale": 0.5, "fused": False, "sink": True}),
+    (by_einsum, 4, {"scale": 0.5, "kv_heads": 4, "value_dim": SIZE, "fused": False, "masked": False}),
+    (by_einsum_with_dots, 4, {"scale": 0.5, "kv_heads": 4, "value_dim": SIZE}),
+    (with_alibi, 4, {"scale": 0.5, "kv_heads": 4, "masked": True, "causal": True}),
     (repeated, 2, {"scale": 0.5, "kv_heads": 2}),
     (expanded, 2, {"scale": 0.5, "kv_heads": 2, "fused": True}),
     (grouped, 1, {"scale": 0.5, "kv_heads": 1, "fused": True, "causal": True, "masked": False}),
@@ -241,7 +276,7 @@ def test_near_misses_of_attention_name_what_failed_and_a_classifier_is_none() ->
     found = structure(gated, Unprojected(), Classify())
     assert [(site.q, site.heads) for site in found.attentions] == [(None, 1)]
     assert reasons(found, "attention") == [
-        "the softmax of a product is not multiplied with values",
+        "the softmax of a product is not multiplied with values, but read by aten.slice.Tensor",
         *(
             f"{name} are computed from 0 products with constants where one was looked for"
             for name in ("queries", "keys", "values")
@@ -249,6 +284,66 @@ def test_near_misses_of_attention_name_what_failed_and_a_classifier_is_none() ->
         "the result is not read by one product with a constant",
     ]
     assert found.near_misses[0].where.startswith("each.0 (")
+
+
+NO_ATTENTION: dict[str, tuple[Callable[..., torch.Tensor], str]] = {
+    "wrong axis": (
+        lambda q, k, v: (q @ k.mT).softmax(-2) @ v,
+        "the softmax is over axis -2 where the last one, that of the keys, was expected",
+    ),
+    "turned before": (
+        lambda q, k, v: (k @ q.mT).mT.softmax(-1) @ v,
+        "aten.transpose.int rearranges the axis of the keys before the softmax",
+    ),
+    "turned behind": (
+        lambda q, k, v: (q @ k.mT).softmax(-1).mT @ v,
+        "the softmax of a product is not multiplied with values, but read by aten.transpose.int",
+    ),
+    "masked behind": (
+        lambda q, k, v: ((q @ k.mT).softmax(-1) * torch.ones(6, 6).tril()) @ v,
+        "the softmax of a product is not multiplied with values, but read by aten.mul.Tensor",
+    ),
+    "relu": (lambda q, k, v: (q @ k.mT).relu() @ v, "the scores go through aten.relu where a softmax was expected"),
+    "relu then softmax": (
+        lambda q, k, v: (q @ k.mT).relu().softmax(-1) @ v,
+        "the scores go through aten.relu before the softmax",
+    ),
+    "masked before the cap": (
+        lambda q, k, v: torch.tanh(q @ k.mT + torch.ones(6, 6).tril()).softmax(-1) @ v,
+        "a mask is added to the scores before they are capped",
+    ),
+    "two products": (
+        lambda q, k, v: (q @ k.mT + k @ q.mT).softmax(-1) @ v,
+        "aten.add.Tensor reads the scores otherwise than once, beside a mask",
+    ),
+    "further keys": (
+        lambda q, k, v: torch.cat([q @ k.mT, q @ q.mT], -1).softmax(-1) @ torch.cat([v, v], -2),
+        "aten.cat joins the scores with others than constant ones of further keys",
+    ),
+    "einsum over queries": (
+        lambda q, k, v: torch.einsum("bhqk,bhqd->bhkd", (q @ k.mT).softmax(-1), v),
+        "the product with values is aten.einsum 'bhqk,bhqd->bhkd' where a sum over the last axis of the weights, that "
+        "of the keys, was expected",
+    ),
+    "einsum of three": (
+        lambda q, k, v: torch.einsum("bhqd,bhkd,d->bhqk", q, k, torch.ones(SIZE)).softmax(-1) @ v,
+        "the product of queries and keys is aten.einsum 'bhqd,bhkd,d->bhqk' of 3 operands where two were expected",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def no_attention() -> EntryStructure:
+    return structure(*(Written(core) for core, _ in NO_ATTENTION.values()))
+
+
+@pytest.mark.parametrize("k", range(len(NO_ATTENTION)), ids=list(NO_ATTENTION))
+def test_what_is_no_attention_says_why(no_attention: EntryStructure, k: int) -> None:
+    assert no_attention.attentions == ()
+    said = [miss for miss in no_attention.near_misses if miss.wanted == "attention"]
+    assert len(said) == len(NO_ATTENTION)
+    (miss,) = [miss for miss in said if miss.where.startswith(f"each.{k} (")]
+    assert miss.reason == list(NO_ATTENTION.values())[k][1]
 
 
 # MLPs

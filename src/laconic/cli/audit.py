@@ -123,6 +123,8 @@ def _site_words(site: dict[str, Any]) -> str:
             f"{site['kv_heads']} for keys and values" if site["kv_heads"] != site["heads"] else "",
             "causal" if site["causal"] else "masked" if site["masked"] else "",
             f"window {site['window']}" if site["window"] else "",
+            f"scores capped at {site['softcap']:g}" if site["softcap"] is not None else "",
+            "sink" if site["sink"] else "",
             "rotary" if site["rotary"] else "",
             "norms on q and k" if site["qk_norm"] else "",
             "" if site["fused"] else "written out",

@@ -10,6 +10,7 @@ import typer
 
 from laconic.cli.logs import configure
 from laconic.ir.errors import UsageError
+from laconic.schema import finite
 
 if TYPE_CHECKING:
     from laconic.cli.progress import Display
@@ -47,7 +48,8 @@ def refuse_early(output: Path, force: bool) -> None:
 
 
 def print_json(data: Any) -> None:
-    typer.echo(json.dumps(data, indent=1))
+    """A document on stdout, as `laconic.schema` has it."""
+    typer.echo(json.dumps(finite(data), indent=1, allow_nan=False))
 
 
 def assignments(text: str, option: str) -> dict[str, int]:
