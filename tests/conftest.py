@@ -11,10 +11,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(autouse=True)
-def _logging_as_it_was() -> Iterator[None]:
-    """A command that runs in this process sends the log to its own stderr; other tests read it by `caplog`."""
-    log = logging.getLogger("laconic")
-    level, propagate, handlers = log.level, log.propagate, list(log.handlers)
+def _logging_as_imported() -> Iterator[None]:
+    """A command that runs in this process, be it in a fixture, sends the log to the stderr of its day; tests read it by
+    `caplog` and `capfd`."""
+    _reset_logging()
     yield
-    log.setLevel(level)
-    log.propagate, log.handlers = propagate, handlers
+    _reset_logging()
+
+
+def _reset_logging() -> None:
+    for name, log in list(logging.Logger.manager.loggerDict.items()):
+        if isinstance(log, logging.Logger) and name.split(".")[0] == "laconic":
+            log.setLevel(logging.NOTSET)
+            log.propagate, log.handlers = True, []
