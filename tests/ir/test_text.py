@@ -385,4 +385,4 @@ def test_mutations_raise_nothing_but_errors_of_ours() -> None:
         before = time.process_time()
         with suppress(LaconicError):
             verify(parse_program(text, own))
-        assert time.process_time() - before < 1, text
+        assert time.process_time() - before < 10, text  # a hang, not a collection of garbage
