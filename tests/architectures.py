@@ -7,6 +7,7 @@ recur, for tests that compare what is found with what the configuration says.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,42 +30,44 @@ def _text(**extra: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return inputs, axes | dict.fromkeys(extra)
 
 
-def bert() -> Case:
+def bert(layers: int = 2) -> Case:
     config = hf.BertConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=100
+        hidden_size=32, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=64, vocab_size=100
     )
     return hf.BertModel(config), *_text()
 
 
-def gpt2() -> Case:
+def gpt2(layers: int = 2) -> Case:
     config = hf.GPT2Config(
-        n_embd=32, n_layer=2, n_head=4, vocab_size=100, n_positions=64, bos_token_id=0, eos_token_id=0
+        n_embd=32, n_layer=layers, n_head=4, vocab_size=100, n_positions=64, bos_token_id=0, eos_token_id=0
     )
     return hf.GPT2LMHeadModel(config), *_text(use_cache=False)
 
 
-def llama() -> Case:
+def llama(layers: int = 2, **changes: Any) -> Case:
     config = hf.LlamaConfig(
         hidden_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         intermediate_size=64,
         vocab_size=100,
+        **changes,
     )
     return hf.LlamaForCausalLM(config), *_text(use_cache=False)
 
 
-def t5() -> Case:
-    config = hf.T5Config(d_model=32, num_layers=2, num_heads=4, d_kv=8, d_ff=64, vocab_size=100)
+def t5(layers: int = 2, decoder_layers: int = 2) -> Case:
+    layered = {"num_layers": layers, "num_decoder_layers": decoder_layers}
+    config = hf.T5Config(d_model=32, num_heads=4, d_kv=8, d_ff=64, vocab_size=100, **layered)
     inputs, axes = _text(decoder_input_ids=_ids(3, 5), use_cache=False)
     return hf.T5ForConditionalGeneration(config), inputs, axes | {"decoder_input_ids": {0: BATCH, 1: TARGET}}
 
 
-def vit() -> Case:
+def vit(layers: int = 2) -> Case:
     config = hf.ViTConfig(
         hidden_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         intermediate_size=64,
         image_size=32,
@@ -92,34 +95,7 @@ ARCHITECTURES: dict[str, Callable[[], Case]] = {
 }
 
 
-def deep_bert() -> Case:
-    config = hf.BertConfig(
-        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, vocab_size=100
-    )
-    return hf.BertModel(config), *_text()
-
-
-def deep_gpt2() -> Case:
-    config = hf.GPT2Config(
-        n_embd=32, n_layer=3, n_head=4, vocab_size=100, n_positions=64, bos_token_id=0, eos_token_id=0
-    )
-    return hf.GPT2LMHeadModel(config), *_text(use_cache=False)
-
-
-def deep_llama() -> Case:
-    config = hf.LlamaConfig(
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=64,
-        vocab_size=100,
-        max_position_embeddings=64,
-    )
-    return hf.LlamaForCausalLM(config), *_text(use_cache=False)
-
-
-def _qwen3_moe(**changes: Any) -> Case:
+def qwen3_moe(**changes: Any) -> Case:
     settings = {
         "hidden_size": 32,
         "num_hidden_layers": 3,
@@ -137,13 +113,9 @@ def _qwen3_moe(**changes: Any) -> Case:
     return hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**(settings | changes))), *_text(use_cache=False)
 
 
-def qwen3_moe() -> Case:
-    return _qwen3_moe()
-
-
 def sparse_by_turns() -> Case:
     """An MoE in every second layer."""
-    return _qwen3_moe(num_hidden_layers=6, decoder_sparse_step=2, norm_topk_prob=False)
+    return qwen3_moe(num_hidden_layers=6, decoder_sparse_step=2, norm_topk_prob=False)
 
 
 def local_by_turns() -> Case:
@@ -162,24 +134,6 @@ def local_by_turns() -> Case:
         attn_implementation="sdpa",
     )
     return hf.Gemma3ForCausalLM(config), *_text(use_cache=False)
-
-
-def deep_t5() -> Case:
-    config = hf.T5Config(d_model=32, num_layers=3, num_decoder_layers=4, num_heads=4, d_kv=8, d_ff=64, vocab_size=100)
-    inputs, axes = _text(decoder_input_ids=_ids(3, 5), use_cache=False)
-    return hf.T5ForConditionalGeneration(config), inputs, axes | {"decoder_input_ids": {0: BATCH, 1: TARGET}}
-
-
-def deep_vit() -> Case:
-    config = hf.ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=64,
-        image_size=32,
-        patch_size=8,
-    )
-    return hf.ViTModel(config), {"pixel_values": torch.randn(3, 3, 32, 32)}, {"pixel_values": {0: BATCH}}
 
 
 def whisper() -> Case:
@@ -222,12 +176,12 @@ def mamba() -> Case:
 
 
 EIGHT: dict[str, Callable[[], Case]] = {
-    "bert": deep_bert,
-    "gpt2": deep_gpt2,
-    "llama": deep_llama,
+    "bert": partial(bert, 3),
+    "gpt2": partial(gpt2, 3),
+    "llama": partial(llama, 3, max_position_embeddings=64),
     "qwen3_moe": qwen3_moe,
-    "t5": deep_t5,
-    "vit": deep_vit,
+    "t5": partial(t5, 3, 4),
+    "vit": partial(vit, 3),
     "whisper": whisper,
     "mamba": mamba,
 }
