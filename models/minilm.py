@@ -17,7 +17,8 @@ from torch import nn
 from torch.export import Dim
 
 from laconic.ir.errors import MissingDependencyError, ModelError, UnsupportedError, UsageError
-from laconic.ir.hf import load_model, longest_sequence
+from laconic.ir.hf import load_model
+from laconic.ir.hf_inputs import longest_sequence
 from laconic.ir.source_model import Source
 from laconic.ir.weight_files import read_json, read_json_list
 
