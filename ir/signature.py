@@ -73,7 +73,10 @@ def _row(weight: Weight) -> tuple[Hashable, ...]:
 
 def _entry(entry: Entry) -> Hashable:
     trees = (repr(entry.arguments), repr(entry.results))  # the order of keys counts
-    return (entry.name, tuple(entry.inputs), tuple(entry.outputs), trees, *map(_node, entry.graph.nodes))
+    weights = set(entry.weight_nodes().values())  # in whatever order: the text does not tell it
+    others = (node for node in entry.graph.nodes if node not in weights)
+    named = frozenset(map(_node, weights))
+    return (entry.name, tuple(entry.inputs), tuple(entry.outputs), trees, named, *map(_node, others))
 
 
 def _node(node: fx.Node) -> Hashable:

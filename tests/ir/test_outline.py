@@ -11,14 +11,16 @@ import torch
 from torch import nn
 
 import laconic
-from architectures import make
+from architectures import ARCHITECTURES, EIGHT, make
 from helpers import bits, own_values, parse
 from laconic.ir.errors import ParseError, VerificationError
 from laconic.ir.outline import inline, outline
 from laconic.ir.parse import parse_program
 from laconic.ir.program import Program
 from laconic.ir.run import Runnable
+from laconic.ir.signature import fingerprint
 from laconic.ir.verify import verify
+from laconic.models import zoo
 
 OUTLINED = """\
 laconic program 1
@@ -134,18 +136,37 @@ def test_a_literal_that_differs_keeps_blocks_apart() -> None:
     assert not any(args[1:] and args[1] in range(6) for args in bodies)
 
 
-@pytest.mark.parametrize("name", ["t5", "resnet"])
+def real(name: str) -> tuple[Program, dict[str, torch.Tensor]]:
+    """A model as captured, and the tensors of its example call."""
+    if name == "demo":
+        source = zoo.load("minilm")
+        axes, inputs = source.dynamic_shapes, source.kwargs
+        return laconic.capture(source.module, *source.args, dynamic_shapes=axes, **inputs), inputs
+    module, inputs, axes = make(name, EIGHT if name in EIGHT else ARCHITECTURES)
+    program = laconic.capture(module, dynamic_shapes=axes, **inputs)
+    return program, {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor)}
+
+
+FAST = ["demo", "resnet", "t5"]
+
+
+@pytest.mark.parametrize(
+    "name", [*FAST, *(pytest.param(n, marks=pytest.mark.slow) for n in sorted(EIGHT.keys() - FAST))]
+)
 def test_real_models_come_back_as_they_were(name: str) -> None:
-    module, inputs, axes = make(name)
-    captured = laconic.capture(module, dynamic_shapes=axes, **inputs)
+    captured, inputs = real(name)
     for program in (captured, laconic.optimize(captured).program):
+        flat = reread(program, program)
+        assert str(flat) == str(program)
+        assert fingerprint(flat) == fingerprint(program)
         outlined = outline(program, lambda repeat: True)
         assert outlined.functions
         assert str(outlined) == str(reread(outlined, program))
         assert str(inline(outlined)) == str(program)
         again = inline(reread(outlined, program))
-        tensors = {k: v for k, v in inputs.items() if v is not None}
-        assert bits(Runnable(again)(**tensors)) == bits(Runnable(program)(**tensors))
+        expected = bits(Runnable(program)(**inputs))
+        assert bits(Runnable(flat)(**inputs)) == expected
+        assert bits(Runnable(again)(**inputs)) == expected
 
 
 _DAMAGE: dict[str, tuple[str, str, str]] = {
