@@ -21,8 +21,9 @@ from typing import Any
 
 from torch import fx
 
+from laconic.ir.listing import Repeat, list_nodes
 from laconic.ir.program import Entry, Function, Program
-from laconic.ir.repeats import Repeat, find_repeats, list_nodes
+from laconic.ir.repeats import find_repeats
 from laconic.ir.rewrite import placeholder_name
 from laconic.ir.types import NumberType, TensorType, type_of
 

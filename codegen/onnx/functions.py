@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from laconic.codegen.onnx.edit import sizes
-from laconic.ir.repeats import Listing, Operand, Repeat, find_repeats
+from laconic.ir.listing import Listing, Operand, Repeat
+from laconic.ir.repeats import find_repeats
 from laconic.ir.signature import Interner
 
 #: The domain of the functions.

@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import fx
 
-from laconic.ir.repeats import Listing, Repeat, find_repeats, list_nodes
+from laconic.ir.listing import Listing, Repeat, list_nodes
+from laconic.ir.repeats import find_repeats
 from laconic.ir.signature import Interner, signature
 from laconic.ir.structure.reading import Reading
 from laconic.ir.structure.records import BlockRun, Branch

@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from torch import fx
 
-from laconic.ir.repeats import Repeat, SlotKind
+from laconic.ir.listing import Repeat, SlotKind
 
 
 @dataclass(frozen=True)

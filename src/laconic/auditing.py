@@ -18,10 +18,10 @@ from torch import fx, nn
 from laconic.ir.capture import capture_module
 from laconic.ir.cost import cost_at, measure_at, symbolic_cost
 from laconic.ir.errors import UsageError
+from laconic.ir.listing import SlotKind
 from laconic.ir.liveness import Peak, peak_activation
 from laconic.ir.outline import inline, outline, reads_call
 from laconic.ir.program import Entry, Program
-from laconic.ir.repeats import SlotKind
 from laconic.ir.structure import BlockRun, EntryStructure, NearMiss, entry_structure
 from laconic.ir.structure.likeness import Likeness, equal_blocks, likeness
 from laconic.ir.structure.records import Attention, Branch, Mlp, Moe, Norm, Projection

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from laconic.ir.repeats import Listing, Operand, Repeat, SlotKind, find_repeats
+from laconic.ir.listing import Listing, Operand, Repeat, SlotKind
+from laconic.ir.repeats import find_repeats
 from laconic.ir.signature import Interner
 
 Node = tuple[str, tuple[Operand, ...]]

@@ -14,8 +14,8 @@ from torch.export import Dim
 
 from helpers import parse
 from laconic.ir.capture import capture_module
+from laconic.ir.listing import SlotKind
 from laconic.ir.program import Program
-from laconic.ir.repeats import SlotKind
 from laconic.ir.structure import BranchKind, EntryStructure, find_structure
 from laconic.ir.structure.likeness import equal_blocks, likeness
 
