@@ -16,7 +16,7 @@ import sympy
 from torch import fx
 from torch.utils.flop_counter import flop_registry
 
-from laconic.ir.errors import UsageError, did_you_mean
+from laconic.ir.inputs import check_sizes
 from laconic.ir.outline import inline
 from laconic.ir.program import Entry, Program
 from laconic.ir.traits import op_name, traits
@@ -67,15 +67,7 @@ def flops_at(program: Program, sizes: Mapping[str, int] | None = None) -> int:
 def measure_at(program: Program, sizes: Mapping[str, int] | None = None) -> Measure:
     """What a size of this program is at these sizes. Raises UsageError for the name of no dynamic size, and for a size
     that is out of its range."""
-    symbols = {symbol.name: symbol for symbol in program.symbols.values()}
-    for name, given in (sizes or {}).items():
-        if name not in symbols:
-            raise UsageError(f"the model has no dynamic size {name!r}", hint=did_you_mean(name, symbols))
-        low, high = symbols[name].low, symbols[name].high
-        if given < low or (high is not None and given > high):
-            raise UsageError(
-                f"{name}={given} is out of range", why=f"{name} is in [{low}, {'inf' if high is None else high}]"
-            )
+    check_sizes(program, sizes or {})
     values = {key: (sizes or {}).get(symbol.name, symbol.hint) for key, symbol in program.symbols.items()}
     known: dict[Any, int] = {}
 

@@ -8,11 +8,13 @@ where a `relu` shows that did nothing to the example.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import sympy
 import torch
 
+from laconic.ir.errors import UsageError, did_you_mean
 from laconic.ir.program import Entry, Input, Program
 from laconic.ir.types import TensorType, type_of
 
@@ -55,6 +57,20 @@ def observed(name: str, example: torch.Tensor) -> Input:
         return Input(name, 0.0 if inexact else 0, 1.0 if inexact else 1)
     low, high = values.min().item(), values.max().item()
     return Input(name, low + offset, high + offset) if offset else Input(name, low, high)
+
+
+def check_sizes(program: Program, sizes: Mapping[str, int]) -> None:
+    """Raise UsageError for the name of no dynamic size, and for a size that is out of its range."""
+    symbols = {symbol.name: symbol for symbol in program.symbols.values()}
+    for name, size in sizes.items():
+        if name not in symbols:
+            hint = did_you_mean(name, symbols) or "all its axes are fixed"
+            raise UsageError(f"the model has no dynamic size {name!r}", hint=hint)
+        low, high = symbols[name].low, symbols[name].high
+        if size < low or (high is not None and size > high):
+            raise UsageError(
+                f"{name}={size} is out of range", why=f"{name} is in [{low}, {'inf' if high is None else high}]"
+            )
 
 
 def draw(program: Program, entry: Entry, sizes: dict[str, int], seed: int, *, wide: bool = False) -> Case:

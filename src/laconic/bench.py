@@ -15,7 +15,7 @@ from laconic.codegen.onnx import write_onnx
 from laconic.codegen.onnx.runtime import Session
 from laconic.ir.capture_check import Call
 from laconic.ir.errors import UsageError, did_you_mean
-from laconic.ir.inputs import Case, draw
+from laconic.ir.inputs import Case, check_sizes, draw
 from laconic.ir.program import Program
 from laconic.ir.run import check_inputs
 from laconic.ir.source_model import Source
@@ -93,14 +93,7 @@ def check_module(against: Sequence[str], found: Source | Program | None) -> None
 
 def input_at(program: Program, sizes: Mapping[str, int], seed: int) -> Case:
     """One drawn input. Raises UsageError for a size that the program has not, or that is out of its range."""
-    symbols = {symbol.name: symbol for symbol in program.symbols.values()}
-    for name, size in sizes.items():
-        if name not in symbols:
-            hint = did_you_mean(name, symbols) or "all its axes are fixed"
-            raise UsageError(f"the model has no dynamic size {name!r}", hint=hint)
-        low, high = symbols[name].low, symbols[name].high
-        if size < low or (high is not None and size > high):
-            raise UsageError(f"{name}={size} is out of range", why=f"{name} is in [{low}, {high or 'inf'}]")
+    check_sizes(program, sizes)
     case = draw(program, program.forward, dict(sizes), seed)
     check_inputs(
         program, program.forward, case.clone(), [type_of(n.meta["val"]) for n in program.forward.input_nodes()]
