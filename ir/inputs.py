@@ -8,7 +8,8 @@ where a `relu` shows that did nothing to the example.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -18,6 +19,12 @@ from laconic.ir.errors import UsageError, did_you_mean
 from laconic.ir.program import Entry, Input, Program
 from laconic.ir.types import TensorType, type_of
 
+log = logging.getLogger(__name__)
+
+#: How many inputs are drawn, beside the usual ones and with a seed of their own, to judge once more what seems to break
+#: a tolerance.
+DRAWN_AGAIN = 16
+_SEED_AGAIN = 1_000
 _LEAST, _GREATEST = -(2**63), 2**63 - 1
 
 
@@ -170,6 +177,14 @@ def cases(program: Program, entry: Entry, count: int = 3, seed: int = 0) -> list
     if any(node.meta["val"].is_floating_point() or node.meta["val"].is_complex() for node in entry.input_nodes()):
         found.append(draw(program, entry, {}, seed + count, wide=True))
     return found
+
+
+def cases_again(program: Program, usual: Sequence[Case]) -> list[Case]:
+    """What to judge once more, and for good, where the `usual` cases of `forward` show more than a tolerance allows:
+    these, the failing ones among them, and DRAWN_AGAIN more."""
+    log.info("beyond what is allowed on the usual inputs; judged on %d more", DRAWN_AGAIN)
+    drawn = cases(program, program.forward, DRAWN_AGAIN, seed=_SEED_AGAIN)
+    return [*usual, *(case for case in drawn if not case.given)]
 
 
 def _sizes_of(program: Program, entry: Entry, example: tuple[torch.Tensor, ...]) -> dict[str, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -10,20 +9,12 @@ from typing import Any
 import torch
 
 from laconic.ir.errors import VerificationError
-from laconic.ir.inputs import Case, cases
+from laconic.ir.inputs import Case, cases_again
 from laconic.ir.metrics import bit_equal, max_abs
 from laconic.ir.outcomes import Outcomes
 from laconic.ir.precise import Deviation, deviation, evaluate_precise, pooled
 from laconic.ir.program import Program
 from laconic.passes.base import Contract
-
-log = logging.getLogger(__name__)
-
-
-#: How many inputs are drawn, beside the usual ones and with a seed of their own, to judge a pass by once more when it
-#: seems to break its tolerance.
-DRAWN_AGAIN = 16
-_SEED_AGAIN = 1_000
 
 
 def check(
@@ -32,8 +23,8 @@ def check(
     """Hold `after` to the contract, given what `program`, from before the pass, returned.
 
     Where a tolerance is exceeded, and `rewritten`, the program after the pass, is given, both are judged once more, and
-    for good, on these inputs and DRAWN_AGAIN more. Raises VerificationError naming output and case. LOSSY promises
-    nothing here.
+    for good, on the inputs of `cases_again`. Raises VerificationError naming output and case. LOSSY promises nothing
+    here.
     """
     if contract is Contract.LOSSY:
         return
@@ -92,9 +83,7 @@ def _tolerance(program: Program, before: Outcomes, after: Outcomes, rewritten: P
         return  # which also holds where random draws leave no float64 reference
     held = _deviations(program, before, after)
     if rewritten is not None and not all(row.ok for _, row in held):
-        log.info("beyond what is allowed on the usual inputs; judged on %d more", DRAWN_AGAIN)
-        drawn = cases(program, program.forward, DRAWN_AGAIN, seed=_SEED_AGAIN)
-        again = Outcomes.of(program, [*before.cases, *(case for case in drawn if not case.given)])
+        again = Outcomes.of(program, cases_again(program, before.cases))
         now = Outcomes.of(rewritten, again.cases)
         if len(now.cases) != len(again.cases):
             raise VerificationError("the rewritten program does not run on every input that the other one runs on")

@@ -25,7 +25,7 @@ from laconic.codegen.onnx.runtime import Session, default_opset, onnxruntime, ta
 from laconic.ir.errors import UnsupportedError, UsageError, VerificationError
 from laconic.ir.exported import flat_names
 from laconic.ir.files import place_file, refuse_existing, temporary_beside
-from laconic.ir.inputs import Case, cases
+from laconic.ir.inputs import Case, cases, cases_again
 from laconic.ir.outcomes import Outcomes
 from laconic.ir.precise import Deviation, deviation, evaluate_precise, pooled
 from laconic.ir.program import Program, Role
@@ -36,9 +36,8 @@ log = logging.getLogger(__name__)
 
 #: Weights beyond this many bytes stand in a file of their own; a protobuf message holds at most 2 GiB.
 EXTERNAL_DATA_BYTES = 1_500_000_000
-#: Inputs drawn beside the examples, and how many where those leave the error that rounding makes too uncertain.
-DRAWN, DRAWN_AGAIN = 3, 16
-_SEED_AGAIN = 1_000
+#: Inputs drawn beside the examples.
+DRAWN = 3
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class OnnxReport:
 
     `nodes` counts nodes of standard ops, functions inlined; `stored_nodes` those that stand in the file, the `calls` of
     `functions` local functions among them. `bytes` counts model and data. `checks` has the greatest absolute difference
-    of each case that was judged: the examples and DRAWN drawn ones, and DRAWN_AGAIN more where those were not enough.
+    of each case that was judged: the examples and DRAWN drawn ones, and those of `cases_again` where they did not do.
     `worst` is the greatest ratio of an error against float64 to what `laconic.ir.precise.pooled` allows.
     """
 
@@ -187,14 +186,12 @@ def _compare(program: Program, session: Session) -> list[list[Deviation]]:
     """Hold each output to the rule, on several inputs, by output and case. Raises VerificationError with the first that
     breaks it.
 
-    Where a rule is broken on the usual cases, all is judged once more, and for good, on these and DRAWN_AGAIN others.
+    Where the rule is broken on the usual cases, all is judged once more, and for good, on those of `cases_again`.
     """
     usual = cases(program, program.forward, DRAWN)
     held = _deviations(program, session, usual)
     if not all(row.ok for _, row, _ in held):
-        log.info("beyond what is allowed on the usual inputs; judged on %d more", DRAWN_AGAIN)
-        others = cases(program, program.forward, DRAWN_AGAIN, seed=_SEED_AGAIN)
-        held = _deviations(program, session, [*usual, *(case for case in others if not case.given)])
+        held = _deviations(program, session, cases_again(program, usual))
     for case, row, dtype in held:
         _judge(row, case, dtype)
     by_case: dict[int, list[Deviation]] = {}
