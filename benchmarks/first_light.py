@@ -12,8 +12,8 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,19 @@ import torch
 import laconic
 from laconic.ir.metrics import bit_equal
 from laconic.ir.run import Runnable
+from laconic.latency import Way, by_turns, ratios
+from laconic.machine import machine
 from laconic.models import minilm
 from laconic.sources import capture_source
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
-
-from machine import machine  # noqa: E402
+sys.path[:0] = [str(Path(__file__).parents[1] / "tests")]
 
 from architectures import ARCHITECTURES, make  # noqa: E402
 
 TURNS, WARM = 40, 4
+
+Batch = dict[str, torch.Tensor]
+Encode = Callable[[Batch], torch.Tensor]
 
 
 def main(out: Path) -> None:
@@ -45,7 +48,7 @@ def main(out: Path) -> None:
         batch = minilm.tokenize(minilm.sentences()[:8])
         expected = ways["module"](batch)
         exact = {name: bit_equal(expected, encode(batch)) for name, encode in ways.items()}
-        latency = by_turns({name: lambda e=encode: e(batch) for name, encode in ways.items()})  # type: ignore[misc]
+        latency = compared(ways, batch)
     rows = {"all-MiniLM-L6-v2": row(result.report, report)}
     for name in ARCHITECTURES:
         print(name, file=sys.stderr)
@@ -65,21 +68,21 @@ def main(out: Path) -> None:
 
 def encoder_ways(
     module: torch.nn.Module, captured: laconic.Program, result: laconic.Result, path: Path
-) -> dict[str, Callable[[dict[str, torch.Tensor]], torch.Tensor]]:
+) -> dict[str, Encode]:
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # or it takes time from the next way
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     before = Runnable(captured)
 
-    def in_torch(model: Any) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
-        def encode(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def in_torch(model: Any) -> Encode:
+        def encode(batch: Batch) -> torch.Tensor:
             with torch.no_grad():
                 found: torch.Tensor = model(**batch)["sentence_embedding"]
             return found
 
         return encode
 
-    def in_onnx(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def in_onnx(batch: Batch) -> torch.Tensor:
         return torch.from_numpy(session.run(None, {k: v.numpy() for k, v in batch.items()})[0])
 
     return {
@@ -101,22 +104,19 @@ def row(report: Any, onnx: Any) -> dict[str, Any]:
     }
 
 
-def by_turns(ways: dict[str, Callable[[], Any]]) -> dict[str, Any]:
+def compared(ways: dict[str, Encode], batch: Batch) -> dict[str, Any]:
     """Median milliseconds of each way, and its ratio to the first: median and quartiles over turns."""
-    names = list(ways)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(TURNS + WARM):
-        for k in range(len(names)):
-            name = names[(turn + k) % len(names)]
-            start = time.perf_counter()
-            ways[name]()
-            if turn >= WARM:
-                times[name].append(time.perf_counter() - start)
-    ratios = {n: [b / a for a, b in zip(times[names[0]], times[n], strict=True)] for n in names}
+    times = by_turns({name: on(batch, encode) for name, encode in ways.items()}, list, TURNS, WARM)
+    first = next(iter(times))
     return {
         "milliseconds": {n: round(1e3 * statistics.median(t), 2) for n, t in times.items()},
-        "ratio": {n: [round(q, 3) for q in statistics.quantiles(r, n=4)] for n, r in ratios.items()},
+        "ratio": {n: [round(q, 3) for q in statistics.quantiles(ratios(times, n, first), n=4)] for n in times},
     }
+
+
+def on(batch: Batch, encode: Encode) -> Way:
+    """A way that encodes this batch, whatever its inputs."""
+    return lambda inputs: partial(encode, batch)
 
 
 if __name__ == "__main__":

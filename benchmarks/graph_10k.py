@@ -21,16 +21,13 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-sys.path[:0] = [str(Path(__file__).parent)]
-
-from machine import machine  # noqa: E402
-
-from laconic.ir.capture import capture_module  # noqa: E402
-from laconic.ir.program import Kind, Program  # noqa: E402
-from laconic.ir.propagate import recompute  # noqa: E402
-from laconic.ir.rewrite import by_name, weight_node  # noqa: E402
-from laconic.passes.manager import Instrument, PassManager  # noqa: E402
-from laconic.passes.pipeline import parse_pipeline  # noqa: E402
+from laconic.ir.capture import capture_module
+from laconic.ir.program import Kind, Program
+from laconic.ir.propagate import recompute
+from laconic.ir.rewrite import by_name, weight_node
+from laconic.machine import machine
+from laconic.passes.manager import Instrument, PassManager
+from laconic.passes.pipeline import parse_pipeline
 
 WIDTH, HEADS, LAYERS, REPEATS = 16, 2, 156, 3
 

@@ -24,8 +24,7 @@ HEADS = {"num_attention_heads": 16, "num_key_value_heads": 16}
 
 
 def main(out: Path) -> None:
-    sys.path.insert(0, str(Path(__file__).parent))
-    from machine import machine
+    from laconic.machine import machine
 
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         size = write_llama(Path(folder) / "model", LARGE)

@@ -31,10 +31,7 @@ from torch.export import Dim
 
 import laconic
 from laconic.ir.silence import torch_silenced
-
-sys.path[:0] = [str(Path(__file__).parent)]
-
-from machine import machine  # noqa: E402
+from laconic.machine import machine
 
 OPSET = 20
 #: Batch and, where there is one, sequence of what is timed.
