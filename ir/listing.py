@@ -75,7 +75,8 @@ class Listing:
 
     `operands[i]` are what node i reads, in order: an int is the position of an earlier node. `kind` tells the type of
     an operand, so far as two blocks must agree in it; `kept` are the positions that the graph returns, `uncut` those
-    whose value may not leave a block (a tuple, for which its parts cross).
+    whose value may not leave a block (a tuple, for which its parts cross). `together` tells what several operands have
+    in common, so far as two blocks must agree in it: which of them share memory.
     """
 
     signatures: Sequence[int]
@@ -83,6 +84,7 @@ class Listing:
     kind: Callable[[Operand], Hashable]
     kept: frozenset[int] = frozenset()
     uncut: frozenset[int] = frozenset()
+    together: Callable[[Sequence[Operand]], Hashable] = lambda slots: None
     users: list[list[int]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -104,7 +106,8 @@ class Listing:
                 inside = isinstance(operand, int) and operand >= start
                 wiring.append(operand - start if inside else -1 - slots.setdefault(operand, len(slots)))  # type: ignore[operator]
         says = tuple(self.signatures[start : start + period])
-        return (says, tuple(wiring), tuple(self.kind(operand) for operand in slots)), tuple(slots)
+        kinds = tuple(self.kind(operand) for operand in slots)
+        return (says, tuple(wiring), kinds, self.together(tuple(slots))), tuple(slots)
 
     def outputs(self, start: int, period: int) -> set[int]:
         """Offsets of a block's nodes that are used behind it or returned."""
@@ -121,7 +124,8 @@ class Listing:
         outputs: set[int] = set()
         for start in starts:
             outputs |= self.outputs(start, period)
-        if any(start + offset in self.uncut for start in starts for offset in outputs):
+        crossing = {start + offset for start in starts for offset in outputs}.union(*bound)
+        if not self.uncut.isdisjoint(crossing):
             return None
         return Repeat(tuple(starts), period, tuple(zip(*bound, strict=True)), tuple(sorted(outputs)))
 
@@ -141,9 +145,8 @@ def list_nodes(
     number = Interner()
     signatures, operands = [], []
     for node in nodes:
-        signatures.append(number((signature(node, lambda leaf: "%"), describe(node), also(node))))
         read: list[fx.Node] = []
-        fx.node.map_arg((node.args, node.kwargs), read.append)
+        signatures.append(number((signature(node, read.append), describe(node), also(node))))
         operands.append(tuple(position.get(leaf, leaf) for leaf in read))
 
     def kind(operand: Operand) -> Hashable:
