@@ -10,6 +10,8 @@ import sympy
 import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.amp import autocast_mode
+from torch.autograd import grad_mode
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -19,6 +21,7 @@ from torch.utils._sympy.symbol import SymT, make_symbol
 from torch.utils._sympy.value_ranges import ValueRanges
 
 __all__ = [
+    "LEAVING",
     "FakeTensor",
     "FakeTensorMode",
     "dead_draws_kept",
@@ -42,6 +45,12 @@ SIZE_FUNCTIONS: dict[str, Any] = {
     "PythonMod": PythonMod,
     "Max": Max,
     "Min": Min,
+}
+
+#: Calls that turn something on until another call turns it off, and that call, as they stand in Dynamo's graphs.
+LEAVING: dict[Any, Any] = {
+    autocast_mode._enter_autocast: autocast_mode._exit_autocast,
+    grad_mode._enter_inference_mode: grad_mode._exit_inference_mode,
 }
 
 

@@ -167,6 +167,8 @@ def _op_traits(op: torch._ops.OpOverload) -> Traits:
 def traits(node: fx.Node) -> Traits:
     """The traits of this call, given its arguments."""
     target = node.target
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return Traits(effectful=True)  # what its graphs do, nothing here looks at
     if not isinstance(target, torch._ops.OpOverload):
         return Traits(alias=0) if target is operator.getitem else Traits()
     found = _op_traits(target)

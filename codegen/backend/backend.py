@@ -1,0 +1,175 @@
+"""`torch.compile(model, backend="laconic")`: repeated blocks are found on the graph that Dynamo hands over, cut out,
+and compiled once.
+
+    Dynamo graph -> read -> repeats -> cut -> pieces -> each distinct one: Inductor, with our passes -> driver
+
+What cannot be cut is compiled whole, by Inductor alone. If a step of ours fails, that is logged with its reason,
+counted (`stats`), and the untouched graph is compiled; with `strict` it is an error. Nothing is caught at run time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from laconic.codegen.backend.cut import Cut, Piece, cut
+from laconic.codegen.backend.driver import Boxed, drive
+from laconic.codegen.backend.inductor import (
+    GraphRewrite,
+    boxed,
+    cache_hits,
+    compile_graph,
+    fresh_context,
+    has_compiler,
+    one_unit,
+    runs_on_cpu,
+)
+from laconic.codegen.backend.options import Options
+from laconic.codegen.backend.out_of_place import out_of_place
+from laconic.codegen.backend.rewrite import rewrite
+from laconic.codegen.backend.stats import GraphRecord, new_record
+from laconic.ir.dynamo import Refusal, parts_beside_their_tuple, read_dynamo
+from laconic.ir.errors import LaconicError, MissingDependencyError, VerificationError
+from laconic.ir.program import copy_graph
+
+log = logging.getLogger(__name__)
+
+#: Refusals that are no loss: there was nothing to find.
+NOTHING_TO_CUT = frozenset({"no repeated run", "too little is repeated"})
+
+
+def laconic(
+    graph: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """The backend, as torch.compile calls it. Raises UsageError for options that it does not have; with `strict`,
+    VerificationError for whatever would be compiled in another way than asked for."""
+    return compile_dynamo(graph, example_inputs, Options.of(options, mode))
+
+
+def compile_dynamo(graph: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    """A function of the graph's inputs that computes what the graph does."""
+    record = new_record()
+    hits = cache_hits()
+    try:
+        if runs_on_cpu(example_inputs) and not has_compiler():
+            return _without_compiler(graph, options, record)
+        found = _guarded(lambda: plan_cut(graph, record), options, record)
+        if isinstance(found, Cut):
+            driven: Callable[..., Any] | None = _guarded(lambda: compile_cut(found, options, record), options, record)
+            if driven is not None:
+                return driven
+        elif isinstance(found, Refusal):
+            record.refused = found.reason
+            log.info("compiled whole: %s", found)
+            if options.strict and found.reason not in NOTHING_TO_CUT:
+                raise VerificationError("the graph was not cut", why=str(found), hint="options={'strict': False}")
+        with record.timed("whole"):
+            return compile_graph(graph, example_inputs, dict(options.inductor))
+    finally:
+        record.cache_hits = {name: count - hits[name] for name, count in cache_hits().items()}
+
+
+def plan_cut(module: fx.GraphModule, record: GraphRecord) -> Cut | Refusal:
+    """Find what is repeated, on a copy of the graph, and cut it there. Compiles nothing."""
+    with record.timed("search"):
+        training = torch.is_grad_enabled()
+        copy = fx.GraphModule(module, copy_graph(module.graph))
+        parts_beside_their_tuple(copy.graph)
+        if training:
+            record.out_of_place = out_of_place(copy.graph, torch.is_autocast_enabled("cpu"))
+        reading = read_dynamo(copy.graph, training)
+        if isinstance(reading, Refusal):
+            return reading
+        record.nodes = len(reading.nodes)
+        found = cut(copy, reading)
+    return found
+
+
+def compile_cut(found: Cut, options: Options, record: GraphRecord) -> Callable[..., Any]:
+    """Compile each piece once, all their C++ kernels in one unit; the driver that calls them."""
+    record.repeats = [(r.period, r.count, len(r.slots), len(r.outputs)) for r in found.repeats]
+    settings = piece_settings(options, record)
+    functions: list[Boxed] = []
+    with one_unit(record):
+        for piece in found.pieces:
+            functions.append(_compile_piece(piece, settings, record))
+    record.pieces, record.steps, record.compiled = len(found.pieces), len(found.steps), found.compiled
+    log.info(
+        "%d calls in %d steps of %d pieces, %d calls compiled; repeats (calls x times): %s",
+        *(found.nodes, len(found.steps), len(found.pieces), found.compiled),
+        ", ".join(f"{r.period} x {r.count}" for r in found.repeats),
+    )
+    return drive(found, functions)
+
+
+def _compile_piece(piece: Piece, settings: dict[str, Any], record: GraphRecord) -> Boxed:
+    with fresh_context(piece.examples), record.timed("pieces"):
+        function, is_boxed = boxed(compile_graph(piece.graph, piece.examples, settings))
+    if not is_boxed:
+        record.unboxed += 1
+        log.warning("what Inductor returned takes no list: operands of a piece live until it returns")
+    return function
+
+
+def piece_settings(options: Options, record: GraphRecord) -> dict[str, Any]:
+    """Inductor's settings for pieces: what the user gave, and our passes on each functional graph."""
+    passes = options.passes()
+    if not passes:
+        return dict(options.inductor)
+
+    def run(graph: fx.Graph) -> None:
+        with record.timed("passes"):
+            done = _guarded(lambda: rewrite(graph, passes), options, record)
+        if isinstance(done, str):
+            log.info("passes are not run on a piece: %s", done)
+        for name, count in (done if isinstance(done, dict) else {}).items():
+            record.rewritten[name] = record.rewritten.get(name, 0) + count
+
+    return GraphRewrite(run, f"laconic {_own_sources()} {options.pipeline}").settings(dict(options.inductor))
+
+
+def _guarded(step: Callable[[], Any], options: Options, record: GraphRecord) -> Any:
+    """A step of ours. If it fails that is logged and counted, and None is the answer; with `strict` it is raised."""
+    try:
+        return step()
+    except LaconicError:
+        raise
+    except Exception as problem:
+        if options.strict:
+            raise
+        record.fallback = f"{type(problem).__name__}: {problem}".splitlines()[0]
+        log.warning("a step of laconic failed, the graph is compiled as it is: %s", record.fallback, exc_info=True)
+        return None
+
+
+def _without_compiler(graph: fx.GraphModule, options: Options, record: GraphRecord) -> Callable[..., Any]:
+    record.fallback = "there is no C++ compiler"
+    if options.strict:
+        raise MissingDependencyError("there is no C++ compiler", hint="install g++ or clang++, or set CXX")
+    warnings.warn(
+        "there is no C++ compiler: the model runs uncompiled (install g++ or clang++, or set CXX)", stacklevel=2
+    )
+    return graph.forward
+
+
+@cache
+def _own_sources() -> str:
+    """A hash of what passes are made of: another version of them must find nothing in Inductor's caches."""
+    found = hashlib.sha256()
+    root = Path(__file__).parents[2]
+    for folder in ("ir", "passes"):
+        for path in sorted((root / folder).rglob("*.py")):
+            found.update(path.read_bytes())
+    return found.hexdigest()[:16]

@@ -1,0 +1,210 @@
+"""The cut: a graph as calls of pieces, each distinct piece once.
+
+    %a = linear(%x, %w0)                      piece 0 (%s0, %s1) { %a = linear(%s0, %s1)  %b = relu(%a)  return %b }
+    %b = relu(%a)                     ->
+    %c = linear(%b, %w1)                      %b = piece 0 (%x, %w0)
+    %d = relu(%c)                             %d = piece 0 (%b, %w1)
+
+Pieces stand one behind the other in the order of the graph, so effects and random draws keep theirs. What stands
+between repeats is a piece too. A piece takes everything as an operand, weights included, and enters what was on around
+its calls (autocast, no_grad) by itself.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from laconic.ir.dynamo import Reading, Refusal, Scope, value_of
+from laconic.ir.listing import Repeat
+from laconic.ir.program import copy_graph
+from laconic.ir.repeats import find_repeats
+from laconic.ir.torch_private import LEAVING, storage_key
+from laconic.ir.torch_traits import written
+
+#: Share of the nodes that need not be compiled, below which cutting is not worth its calls.
+WORTHWHILE = 0.15
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What is compiled once: a graph with a placeholder for each slot and a tuple of outputs. `examples` are the fake
+    values of the slots, where it stands first."""
+
+    graph: fx.GraphModule
+    examples: tuple[Any, ...]
+    nodes: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """A call of a piece: what its slots are bound to, and the node that each of its outputs is; None if that output is
+    not used here."""
+
+    piece: int
+    operands: tuple[fx.Node, ...]
+    results: tuple[fx.Node | None, ...]
+
+
+@dataclass
+class Cut:
+    """A graph as steps. `final_grad` is what recording of gradients is set to at the end, None to leave it alone."""
+
+    graph: fx.Graph
+    repeats: list[Repeat]
+    nodes: int
+    pieces: list[Piece] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    final_grad: bool | None = None
+
+    @property
+    def compiled(self) -> int:
+        """How many calls are compiled."""
+        return sum(piece.nodes for piece in self.pieces)
+
+
+def cut(module: fx.GraphModule, reading: Reading) -> Cut | Refusal:
+    """Cut a graph at its repeats; or say why not."""
+    repeats = find_repeats(reading.listing)
+    total = len(reading.nodes)
+    if not repeats:
+        return Refusal("no repeated run")
+    if sum(r.saved for r in repeats) < WORTHWHILE * total:
+        return Refusal("too little is repeated")
+    found = Cut(module.graph, repeats, total)
+    if reading.final.grad != reading.base.grad:
+        found.final_grad = reading.final.grad
+    known: dict[Hashable, int] = {}
+    for start, stop, outputs in _stretches(repeats, reading):
+        crossing = [start + offset for offset in outputs]
+        if not reading.listing.uncut.isdisjoint(crossing):
+            name = next(reading.nodes[p].name for p in crossing if p in reading.listing.uncut)
+            return Refusal("a value that is no tensor crosses a cut", name)
+        says, bound = reading.listing.block(start, stop - start)
+        slots = [reading.operand(operand) for operand in bound]
+        if (says, outputs) not in known:
+            known[says, outputs] = len(found.pieces)
+            found.pieces.append(_piece(module, reading, range(start, stop), slots, crossing))
+        used = reading.listing.outputs(start, stop - start)
+        results = tuple(reading.nodes[start + offset] if offset in used else None for offset in outputs)
+        found.steps.append(Step(known[says, outputs], tuple(slots), results))
+    return _writes_across(found, reading) or found
+
+
+def _writes_across(found: Cut, reading: Reading) -> Refusal | None:
+    """Why a write in place would go wrong once the graph is cut, if one would.
+
+    Autograd refuses a write into what another piece may have saved. And two values that leave the pieces do not share
+    memory that was made inside one; memory that came in from outside is shared as ever.
+    """
+    outside = {_memory(node) for node in found.graph.nodes if node.op in ("placeholder", "get_attr")}
+    crossing: dict[int | None, set[fx.Node]] = {}
+    for step in found.steps:
+        for result in step.results:
+            if result is not None:
+                crossing.setdefault(_memory(result), set()).add(result)
+    home = _homes(found)
+    for position, node in enumerate(reading.nodes):
+        for target in written(node):
+            memory = _memory(target)
+            if memory is None:
+                continue
+            gradients = any(
+                _memory(slot) == memory and value_of(slot).requires_grad for slot in home[position].operands
+            )
+            if gradients and reading.recording:
+                return Refusal("a value that requires gradients is written in place", node.name)
+            if memory not in outside and len(crossing.get(memory, ())) > 1:
+                return Refusal("a value that is written in place leaves its piece in two views", node.name)
+    return None
+
+
+def _memory(node: fx.Node) -> int | None:
+    """What tells the memory of a node's value from that of others."""
+    value = value_of(node)
+    strided = isinstance(value, torch.Tensor) and value.layout == torch.strided
+    return storage_key(value) if strided else None
+
+
+def _homes(found: Cut) -> list[Step]:
+    """The step of each call."""
+    return [step for step in found.steps for _ in range(found.pieces[step.piece].nodes)]
+
+
+def _stretches(repeats: list[Repeat], reading: Reading) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+    """The graph as (start, stop, offsets of outputs), in order: repeats, and what stands between them."""
+    starting = {start: repeat for repeat in repeats for start in repeat.starts}
+    bounds = [*sorted(starting), len(reading.nodes)]
+    position = 0
+    for start in bounds:
+        if position < start:
+            yield position, start, tuple(sorted(reading.listing.outputs(position, start - position)))
+        if start in starting:
+            position = start + starting[start].period
+            yield start, position, starting[start].outputs
+
+
+def _piece(
+    module: fx.GraphModule, reading: Reading, positions: range, slots: list[fx.Node], outputs: list[int]
+) -> Piece:
+    graph = fx.Graph()
+    inside: dict[fx.Node, fx.Node] = {}
+    for number, slot in enumerate(slots):
+        inside[slot] = graph.placeholder(f"a{number}")
+        inside[slot].meta["example_value"] = value_of(slot)
+    bodies: dict[str, Any] = {}
+
+    def operand(leaf: fx.Node) -> fx.Node:
+        if leaf not in inside:  # a graph that a higher-order op is given
+            inside[leaf] = graph.node_copy(leaf)
+            bodies[str(leaf.target)] = operator.attrgetter(str(leaf.target))(module)
+        return inside[leaf]
+
+    scopes = _Scopes(graph, reading.base)
+    for position in positions:
+        scopes.change(reading.scopes[position])
+        inside[reading.nodes[position]] = graph.node_copy(reading.nodes[position], operand)
+    scopes.change(reading.base)
+    graph.output(tuple(inside[reading.nodes[position]] for position in outputs))
+    return Piece(_holding(graph, bodies), tuple(value_of(slot) for slot in slots), len(positions))
+
+
+def _holding(graph: fx.Graph, bodies: dict[str, Any]) -> fx.GraphModule:
+    root = nn.Module()
+    for target, body in bodies.items():
+        *path, last = target.split(".")
+        holder = root
+        for name in path:
+            if not hasattr(holder, name):
+                holder.add_module(name, nn.Module())
+            holder = getattr(holder, name)
+        setattr(holder, last, fx.GraphModule(body, copy_graph(body.graph)))  # what compiles a piece may change it
+    return fx.GraphModule(root, graph, "Piece")
+
+
+class _Scopes:
+    """The scope at the end of a graph that is being written."""
+
+    def __init__(self, graph: fx.Graph, base: Scope) -> None:
+        self.graph, self.now = graph, base
+        self.open: list[fx.Node] = []
+
+    def change(self, wanted: Scope) -> None:
+        kept = 0
+        for mine, other in zip(self.now.entered, wanted.entered, strict=False):
+            if mine != other:
+                break
+            kept += 1
+        while len(self.open) > kept:
+            entering = self.open.pop()
+            self.graph.call_function(LEAVING[entering.target], (entering,))
+        for function, arguments in wanted.entered[kept:]:
+            self.open.append(self.graph.call_function(function, arguments))
+        if wanted.grad != self.now.grad:
+            self.graph.call_function(torch._C._set_grad_enabled, (wanted.grad,))
+        self.now = wanted

@@ -1,0 +1,166 @@
+"""Everything private in Inductor that laconic touches, in one place. Works with torch 2.11 to 2.13."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.utils import counters
+from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch._inductor import config
+from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.codecache import CppPythonBindingsCodeCache
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.exc import InvalidCxxCompiler
+
+from laconic.codegen.backend.one_unit import LARGEST, Kernel, fits, write_unit
+from laconic.codegen.backend.stats import GraphRecord
+
+_POINTER_OF = "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"
+
+
+def compile_graph(graph: fx.GraphModule, examples: Sequence[Any], options: dict[str, Any]) -> Callable[..., Any]:
+    """Compile a graph as Inductor's own backend does. Takes ownership of the graph."""
+    patches = options or None
+    return compile_fx(graph, list(examples), inner_compile=_in_one_unit, config_patches=patches)  # type: ignore
+
+
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler for what runs on the CPU."""
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return False
+    return True
+
+
+def runs_on_cpu(examples: Sequence[Any]) -> bool:
+    return any(isinstance(value, torch.Tensor) and value.device.type == "cpu" for value in examples)
+
+
+def cache_hits() -> dict[str, int]:
+    """How often Inductor has found something on disk so far, and how often not."""
+    names = {"autograd_cache": "aot_autograd", "fxgraph_cache": "inductor"}
+    return {
+        f"{cache}_{outcome}": counters[group][f"{cache}_{outcome}"]
+        for cache, group in names.items()
+        for outcome in ("hit", "miss")
+    }
+
+
+class GraphRewrite(CustomGraphPass):
+    """A rewrite of the functional graphs that Inductor makes, forward and backward; `identity` stands for what it does
+    in the keys of Inductor's caches."""
+
+    def __init__(self, rewrite: Callable[[fx.Graph], None], identity: str) -> None:
+        self.rewrite, self.identity = rewrite, identity
+
+    def __call__(self, graph: fx.Graph) -> None:
+        self.rewrite(graph)
+
+    def uuid(self) -> str:
+        return self.identity
+
+    def settings(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Inductor's settings with this rewrite before any other that is set."""
+        name = "post_grad_custom_pre_pass"
+        other = given.get(name, getattr(config, name))
+        if other is None:
+            return given | {name: self}
+        return given | {name: [self, *(other if isinstance(other, (list, tuple)) else [other])]}
+
+
+@contextmanager
+def fresh_context(examples: Sequence[Any]) -> Iterator[None]:
+    """A tracing context of a piece's own: the outer one knows parameters, outputs and metadata of one graph. Guards are
+    shared, since they belong to the user's frame."""
+    outer = TracingContext.try_get()
+    mode = outer.fake_mode if outer is not None else detect_fake_mode(examples)
+    inner = TracingContext(mode)
+    if outer is not None:
+        inner.guards_context, inner.global_context = outer.guards_context, outer.global_context
+    with tracing(inner):
+        yield
+
+
+def boxed(compiled: Callable[..., Any]) -> tuple[Callable[[list[Any]], Any], bool]:
+    """The function behind a compiled graph that takes its operands as a list and empties it; and whether there was one.
+    Without it operands live until the call returns, which costs memory only."""
+    inner = getattr(compiled, "_torchdynamo_orig_callable", compiled)
+    inner = getattr(inner, "__wrapped__", inner)
+    if getattr(inner, "_boxed_call", False):
+        return inner, True
+
+    def call(operands: list[Any]) -> Any:
+        return compiled(*operands)
+
+    return call, False
+
+
+# One translation unit
+
+
+class _Unit(CppPythonBindingsCodeCache):
+    cache: dict[str, Any] = {}  # noqa: RUF012
+    entry_function = "laconic_unit"
+
+
+_collecting = threading.local()
+
+
+@contextmanager
+def one_unit(record: GraphRecord | None = None) -> Iterator[None]:
+    """Collect the C++ kernels of all that is compiled inside and compile them together at the end."""
+    if getattr(_collecting, "kernels", None) is not None:
+        yield  # part of a larger unit
+        return
+    kernels: dict[Any, Kernel] = {}
+    _collecting.kernels = kernels
+    try:
+        yield
+    finally:
+        _collecting.kernels = None
+    waiting = list(kernels.values())
+    for start in range(0, len(waiting), LARGEST):
+        _compile_unit(waiting[start : start + LARGEST])
+    if record is not None:
+        record.kernels += len(waiting)
+        record.units += -(-len(waiting) // LARGEST)
+
+
+def _compile_unit(kernels: list[Kernel]) -> None:
+    unit = _Unit.load(write_unit(kernels, _Unit.entry_function, _POINTER_OF))
+    for number, kernel in enumerate(kernels):
+        kernel.give(getattr(unit, f"kernel_{number}"))
+
+
+def _in_one_unit(*args: Any, **kwargs: Any) -> Any:
+    """A backward is compiled when it is first called, behind our back: its kernels make a unit too."""
+    with one_unit():
+        return compile_fx_inner(*args, **kwargs)
+
+
+_cpp_pybinding, _wait = AsyncCompile.cpp_pybinding, AsyncCompile.wait
+
+
+def _collect(self: AsyncCompile, argtypes: list[str], source_code: str) -> Any:
+    kernels: dict[Any, Kernel] | None = getattr(_collecting, "kernels", None)
+    if kernels is None or not fits(argtypes, source_code):
+        return _cpp_pybinding(self, argtypes, source_code)
+    return kernels.setdefault((tuple(argtypes), source_code), Kernel(tuple(argtypes), source_code))
+
+
+def _give_later(self: AsyncCompile, scope: dict[str, Any]) -> None:
+    for name, value in scope.items():
+        if isinstance(value, Kernel):
+            value.homes.append((scope, name))
+    _wait(self, scope)
+
+
+AsyncCompile.cpp_pybinding, AsyncCompile.wait = _collect, _give_later  # type: ignore[method-assign]

@@ -1,0 +1,61 @@
+"""What a user may ask of the backend: `torch.compile(model, backend="laconic", options={...})`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from laconic.ir.errors import UsageError, did_you_mean
+from laconic.passes.base import Contract, Pass
+from laconic.passes.pipeline import parse_pipeline
+
+#: Exact passes that look at no weight's value: a weight is an input, and may change after compiling.
+DEFAULT_PIPELINE = "simplify{values=no},cse,dce"
+
+
+@dataclass(frozen=True)
+class Options:
+    """`pipeline`: passes for each distinct piece, as text. `strict`: whatever would be compiled in another way than
+    asked for is an error. `inductor`: settings of Inductor."""
+
+    pipeline: str = DEFAULT_PIPELINE
+    strict: bool = False
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any] | None, mode: str | None = None) -> Options:
+        """Options from what torch.compile hands over. Raises UsageError for an unknown name or a wrong value."""
+        known = {f.name for f in fields(cls)}
+        values = dict(given or {})
+        for name in values:
+            if name not in known:
+                raise UsageError(f"backend 'laconic' has no option {name!r}", hint=did_you_mean(name, known))
+        if mode not in (None, "default"):
+            values["inductor"] = _of_mode(str(mode)) | dict(values.get("inductor", {}))
+        options = cls(**values)
+        if not isinstance(options.inductor, Mapping):
+            raise UsageError(f"option 'inductor' is a dict of Inductor's settings, not {options.inductor!r}")
+        if not isinstance(options.strict, bool):
+            raise UsageError(f"option 'strict' is True or False, not {options.strict!r}")
+        options.passes()
+        return options
+
+    def passes(self) -> list[Pass]:
+        """The passes of the pipeline. Raises UsageError for one that looks at weights, or is not exact."""
+        found = parse_pipeline(self.pipeline)
+        for item in found:
+            if item.reads_values:
+                raise UsageError(f"{item.spec} looks at the values of weights, which may change after compiling")
+            if item.contract is not Contract.EXACT:
+                raise UsageError(f"{item.spec} is not exact", hint="run it offline: laconic optimize")
+        return found
+
+
+def _of_mode(mode: str) -> dict[str, Any]:
+    import torch._inductor
+
+    known = torch._inductor.list_mode_options()
+    if mode not in known:
+        raise UsageError(f"there is no mode {mode!r}", hint=did_you_mean(mode, known))
+    return dict(known[mode])

@@ -1,0 +1,212 @@
+"""A graph as Dynamo hands it over, read for the repeat finder.
+
+Modules are inlined: parameters and buffers are placeholders, a layer's weight is an input like any other. Calls are
+torch functions and methods; `meta["example_value"]` is the fake value. What is on around a call, autocast or recorded
+gradients, is said by nodes of their own, which enter and leave it. Here it becomes a property of each call (its
+`Scope`), so that a block is the same wherever in an open scope it stands, and any stretch of calls can be taken out
+and run by itself: it enters what it needs and leaves it again.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import HigherOrderOperator
+
+from laconic.ir.listing import Listing, Operand
+from laconic.ir.signature import Interner, layout, skeleton
+from laconic.ir.torch_private import LEAVING, FakeTensor, expression, storage_key
+from laconic.ir.torch_traits import changes_metadata, held, touches_state
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a graph is not cut, and the call it is about."""
+
+    reason: str
+    node: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.reason} (%{self.node})" if self.node else self.reason
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What is on around a call: the contexts that were entered, outermost first, as (function, arguments); and whether
+    gradients are recorded."""
+
+    entered: tuple[tuple[Callable[..., Any], tuple[Any, ...]], ...]
+    grad: bool
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The calls of a graph in order, the scope of each, and what the repeat finder sees of them. `base` is the scope
+    that the graph is called in, `final` the one it leaves behind."""
+
+    nodes: list[fx.Node]
+    scopes: list[Scope]
+    base: Scope
+    final: Scope
+    listing: Listing
+
+    @property
+    def recording(self) -> bool:
+        """Whether gradients are recorded anywhere in the graph."""
+        return any(scope.grad for scope in self.scopes)
+
+    def operand(self, operand: Operand) -> fx.Node:
+        node = self.nodes[operand] if isinstance(operand, int) else operand
+        assert isinstance(node, fx.Node)
+        return node
+
+
+def value_of(node: fx.Node) -> Any:
+    """The fake value of a node; of a constant tensor that the graph holds, the tensor."""
+    return node.meta["example_value"] if "example_value" in node.meta else held(node)
+
+
+def read_dynamo(graph: fx.Graph, grad: bool) -> Reading | Refusal:
+    """Read a graph that is called with gradients recorded (`grad`) or not; or say why it cannot be cut."""
+    base = now = Scope((), grad)
+    nodes: list[fx.Node] = []
+    scopes: list[Scope] = []
+    for node in graph.nodes:
+        if node.op == "call_module":
+            return Refusal("a module is called as a whole", node.name)
+        if node.op not in ("call_function", "call_method"):
+            continue
+        if node.target is torch._C._set_grad_enabled:
+            now = Scope(now.entered, bool(node.args[0]))
+        elif node.target in LEAVING:
+            now = Scope((*now.entered, (node.target, tuple(node.args))), now.grad)
+        elif node.target in LEAVING.values():
+            now = Scope(now.entered[:-1], now.grad)
+        else:
+            reason = _obstacle(node)
+            if reason:
+                return Refusal(reason, node.name)
+            nodes.append(node)
+            scopes.append(now)
+    if now.entered:
+        return Refusal("a scope is left open")
+    return Reading(nodes, scopes, base, now, _list(graph, nodes, scopes))
+
+
+def _obstacle(node: fx.Node) -> str:
+    if changes_metadata(node):
+        return f"{getattr(node.target, '__name__', node.target)} changes a tensor's form in place"
+    if touches_state(node):
+        return f"{getattr(node.target, '__name__', node.target)} may change global state"
+    value = node.meta.get("example_value")
+    if isinstance(value, torch.Tensor) and type(value) is not FakeTensor and not isinstance(value, torch.nn.Parameter):
+        return f"a value is a {type(value).__name__}"
+    return ""
+
+
+def _list(graph: fx.Graph, nodes: list[fx.Node], scopes: list[Scope]) -> Listing:
+    position = {node: k for k, node in enumerate(nodes)}
+    number = Interner()
+    signatures: list[int] = []
+    operands: list[tuple[Operand, ...]] = []
+    kinds: dict[fx.Node, int] = {}
+
+    def kind(node: fx.Node, grad: bool) -> int:
+        if node not in kinds:
+            kinds[node] = number(("value", seen(value_of(node), grad)))
+        return kinds[node]
+
+    recording = any(scope.grad for scope in scopes)
+    for node, scope in zip(nodes, scopes, strict=True):
+        read: list[fx.Node] = []
+        signatures.append(number((call(node, read), kind(node, recording), scope)))
+        operands.append(tuple(position.get(leaf, leaf) for leaf in read))
+    returned: list[fx.Node] = []
+    fx.node.map_arg(next(iter(reversed(graph.nodes))).args, returned.append)
+
+    def value(operand: Operand) -> fx.Node:
+        return nodes[operand] if isinstance(operand, int) else operand  # type: ignore[return-value]
+
+    return Listing(
+        signatures,
+        operands,
+        lambda operand: kind(value(operand), recording),
+        kept=frozenset(position[node] for node in returned if node in position),
+        uncut=frozenset(k for k, node in enumerate(nodes) if not _may_cross(value_of(node))),
+        together=lambda slots: sharing([value_of(value(slot)) for slot in slots]),
+    )
+
+
+def call(node: fx.Node, read: list[fx.Node]) -> Hashable:
+    """What a call says, apart from what it reads, which is added to `read` in order."""
+
+    def leaf(operand: fx.Node) -> Hashable:
+        body = held(operand)
+        if isinstance(body, fx.GraphModule):
+            return ("graph", content(body))
+        read.append(operand)
+        return "%"
+
+    args = node.args
+    if isinstance(node.target, HigherOrderOperator):  # the name that `invoke_subgraph` has for a region says nothing
+        args = tuple(None if isinstance(a, str) else a for a in args)
+    return (node.op, node.target, skeleton(args, leaf), skeleton(node.kwargs, leaf))
+
+
+def content(body: fx.GraphModule) -> Hashable:
+    """All that a graph inside a higher-order op says."""
+    position: dict[fx.Node, int] = {}
+    said: list[Hashable] = []
+    for node in body.graph.nodes:
+        read: list[fx.Node] = []
+        value = node.meta.get("example_value")
+        what = node.op if node.op == "placeholder" else call(node, read)
+        inner = held(node)
+        known = content(inner) if isinstance(inner, fx.GraphModule) else None
+        wiring = tuple(position[r] for r in read)
+        said.append((what, known, wiring, seen(value, True), id(inner) if known is None else None))
+        position[node] = len(position)
+    return tuple(said)
+
+
+def seen(value: Any, grad: bool) -> Hashable:
+    """All of a value that compiling a block may depend on. Never guards. Without `grad` nothing is recorded anywhere,
+    and whether a value requires gradients does not count."""
+    if isinstance(value, torch.Tensor):
+        traits = (value.layout, value.is_conj(), value.is_neg(), isinstance(value, torch.nn.Parameter))
+        gradients = (value.requires_grad, value.requires_grad and value.is_leaf) if grad else ()
+        return (layout(value), *traits, *gradients)
+    if isinstance(value, (list, tuple)):
+        return (type(value).__name__, *(seen(part, grad) for part in value))
+    return layout(value)
+
+
+def sharing(values: Sequence[Any]) -> Hashable:
+    """Which of several values share a storage, and how far from each other they start in it."""
+    groups: dict[int, list[tuple[int, Any]]] = {}
+    for position, value in enumerate(values):
+        if isinstance(value, torch.Tensor) and value.layout == torch.strided:
+            groups.setdefault(storage_key(value), []).append((position, expression(value.storage_offset())))
+    shared = (group for group in groups.values() if len(group) > 1)
+    return tuple(tuple((position, offset - group[0][1]) for position, offset in group) for group in shared)
+
+
+def _may_cross(value: Any) -> bool:
+    return isinstance(value, (torch.Tensor, torch.SymInt))
+
+
+def parts_beside_their_tuple(graph: fx.Graph) -> None:
+    """Move what reads an element of a tuple right behind the call that makes it: the elements can then leave a block,
+    which a tuple cannot."""
+    for node in list(graph.nodes):
+        if node.op not in ("call_function", "call_method") or not isinstance(value_of(node), (list, tuple)):
+            continue
+        last = node
+        for user in [u for u in node.users if u.target is operator.getitem and u.all_input_nodes == [node]]:
+            last.append(user)
+            last = user
