@@ -4,7 +4,7 @@ Inductor writes each distinct kernel to a file of its own, and nearly all of the
 headers. Here kernels are collected while pieces are compiled, written one behind the other as static functions, each
 with a parser of its arguments, and compiled at once; then what waited for each gets its function.
 
-A kernel that is more than one plain function (templates, macros, structs, statics) is left to Inductor.
+A kernel that is more than one function (macros, templates, structs beside it) is left to Inductor.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ from typing import Any
 LARGEST = 24
 
 _HEAD = re.compile(r'extern "C"\s+(?:__declspec\(dllexport\)\s+)?void\s+kernel\(')
-_UNFIT = re.compile(
-    r"^\s*#\s*(?!pragma\b)|\b(?:template|struct|class|union|static|thread_local|namespace|using)\b", re.M
-)
+_DIRECTIVE = re.compile(r"^\s*#\s*(?!pragma\b)", re.M)
 _POINTER = re.compile(r"(?:const\s+)?[A-Za-z_][\w:]*\s*\*\Z")
 _NUMBERS = {"int64_t": "whole", "long": "whole", "double": "real", "float": "real"}
 
@@ -91,16 +89,25 @@ class Kernel:
 
 
 def fits(arguments: Sequence[str], source: str) -> bool:
-    """Whether a kernel is one plain function whose arguments can be read."""
+    """Whether a kernel is one function whose arguments can be read."""
     _, body = _split(source)
-    head = _HEAD.search(body)
     return (
-        head is not None
-        and not body[: head.start()].strip()
+        _HEAD.match(body) is not None
         and len(re.findall(r"\bkernel\b", body)) == 1
-        and _UNFIT.search(body) is None
+        and _DIRECTIVE.search(body) is None
+        and _is_one_block(body[body.index("(") :])
         and all(_plain(argument) in _NUMBERS or _POINTER.match(argument.strip()) for argument in arguments)
     )
+
+
+def _is_one_block(text: str) -> bool:
+    """Whether a text ends with the brace that closes its first one."""
+    depth = 0
+    for found in re.finditer(r"[{}]", text):
+        depth += 1 if found[0] == "{" else -1
+        if depth == 0:
+            return not text[found.end() :].strip()
+    return False
 
 
 def write_unit(kernels: Sequence[Kernel], name: str, variable: str) -> str:
