@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.utils import counters
 from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch._inductor import config
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.codecache import CppPythonBindingsCodeCache
@@ -21,14 +23,24 @@ from torch._inductor.exc import InvalidCxxCompiler
 
 from laconic.codegen.backend.one_unit import LARGEST, Kernel, fits, write_unit
 from laconic.codegen.backend.stats import GraphRecord
+from laconic.ir.torch_private import FakeTensorMode
 
+__all__ = ["compile_lock"]
+from laconic.ir.torch_private import storage_key
+
+_copy_ = torch.ops.aten.copy_.default
 _POINTER_OF = "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"
 
 
+def inductor(graph: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+    """Inductor's own backend, untouched."""
+    return compile_fx(graph, list(examples))  # type: ignore[return-value]
+
+
 def compile_graph(graph: fx.GraphModule, examples: Sequence[Any], options: dict[str, Any]) -> Callable[..., Any]:
-    """Compile a graph as Inductor's own backend does. Takes ownership of the graph."""
-    patches = options or None
-    return compile_fx(graph, list(examples), inner_compile=_in_one_unit, config_patches=patches)  # type: ignore
+    """Compile a graph as Inductor's own backend does, but for its holes. Takes ownership of the graph."""
+    patches = options | ({"allow_buffer_reuse": False} if _has_regions(graph) else {})
+    return compile_fx(graph, list(examples), inner_compile=_compile_inner, config_patches=patches or None)  # type: ignore
 
 
 def has_compiler() -> bool:
@@ -89,6 +101,21 @@ def fresh_context(examples: Sequence[Any]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def own_context(mode: FakeTensorMode, devices: Iterable[str]) -> Iterator[None]:
+    """Compile in here what no frame of Dynamo asked for, in a fake mode of its own and without gradients, whatever is
+    on around it. Guards stay in the mode's shape environment."""
+    with ExitStack() as stack:
+        stack.enter_context(compile_lock)
+        stack.enter_context(tracing(TracingContext(mode)))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        for device in devices:
+            if torch.amp.is_autocast_available(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
 def boxed(compiled: Callable[..., Any]) -> tuple[Callable[[list[Any]], Any], bool]:
     """The function behind a compiled graph that takes its operands as a list and empties it; and whether there was one.
     Without it operands live until the call returns, which costs memory only."""
@@ -101,6 +128,32 @@ def boxed(compiled: Callable[..., Any]) -> tuple[Callable[[list[Any]], Any], boo
         return compiled(*operands)
 
     return call, False
+
+
+# Holes of torch 2.13, where Inductor computes something else without a word
+
+
+def _has_regions(graph: fx.GraphModule) -> bool:
+    """Whether a graph holds a region that is compiled once: Inductor gives the memory of values around such a call away
+    too early, and gradients come out wrong (tests/codegen/test_upstream.py)."""
+    bodies = (module for module in graph.modules() if isinstance(module, fx.GraphModule))
+    return any(node.target is invoke_subgraph for body in bodies for node in body.graph.nodes)
+
+
+def _take_back_donated(graph: fx.GraphModule) -> None:
+    """AOTAutograd lets a backward use the memory of what the forward saved for it. What is also written back into an
+    input Inductor may have written there to begin with: then the backward would overwrite a buffer of the user's."""
+    context = TracingContext.try_get()
+    facts = context.fw_metadata if context is not None else None
+    donated = facts.bw_donated_idxs if facts is not None else None
+    if not donated:
+        return
+    written = [node.args[1].meta["val"] for node in graph.graph.find_nodes(op="call_function", target=_copy_)]
+    memory = {storage_key(value) for value in written}
+    saved = graph.graph.output_node().args[0][facts.tensors_saved_for_backwards_slice]
+    for number, node in enumerate(saved, start=facts.num_symints_saved_for_bw):
+        if number in donated and storage_key(node.meta["val"]) in memory:
+            donated.remove(number)
 
 
 # One translation unit
@@ -140,10 +193,11 @@ def _compile_unit(kernels: list[Kernel]) -> None:
         kernel.give(getattr(unit, f"kernel_{number}"))
 
 
-def _in_one_unit(*args: Any, **kwargs: Any) -> Any:
+def _compile_inner(graph: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
     """A backward is compiled when it is first called, behind our back: its kernels make a unit too."""
+    _take_back_donated(graph)
     with one_unit():
-        return compile_fx_inner(*args, **kwargs)
+        return compile_fx_inner(graph, *args, **kwargs)
 
 
 _cpp_pybinding, _wait = AsyncCompile.cpp_pybinding, AsyncCompile.wait

@@ -23,7 +23,8 @@ from laconic.cli.options import (
 def bench(
     model: Model,
     against: Annotated[
-        str, typer.Option("--against", help="Ways to compare with, with commas between: eager, onnxruntime.")
+        str,
+        typer.Option("--against", help="With commas between: eager, onnxruntime, compiled, inductor, regional, ..."),
     ] = "",
     size: Annotated[
         str, typer.Option("--size", help="Sizes other than the example's, e.g. batch=4,sequence=128.")
@@ -37,7 +38,7 @@ def bench(
     verbose: Verbose = 0,
     no_progress: NoProgress = False,
 ) -> None:
-    """Time a model against the original module or ONNX Runtime, by turns."""
+    """Time a model against the original module, ONNX Runtime or compilers, by turns."""
     sizes = assignments(size, "--size")
     ways = [name.strip() for name in against.split(",") if name.strip()]
     with display(quiet, verbose, no_progress, threads) as shown:
@@ -52,6 +53,6 @@ def bench(
         check_module(ways, found)
         source, program = (None, found) if isinstance(found, Program) else (found, capture_source(found, shown.stage))
         options = {"seed": seed, "repeats": repeats, "warmup": warmup}
-        result = measure(program, source, ways, sizes=sizes, progress=shown.stage, **options)
+        result = measure(program, source, ways, sizes=sizes, model=model, progress=shown.stage, **options)
     data = {"schema": 1, "model": model, **result}
     return print_json(data) if json else bench_report(data)

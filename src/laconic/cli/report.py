@@ -184,12 +184,29 @@ def bench_report(data: dict[str, Any]) -> None:
         shown = ["", ""] if ratio is None else [f"{ratio['median']:.3f}", f"{ratio['low']:.3f} to {ratio['high']:.3f}"]
         table.add_row(name, f"{ms['median']:.3f}", f"{ms['low']:.3f} to {ms['high']:.3f}", *shown)
     print_table(table)
+    if data["compile"]:
+        print_table(_compile_table(data["compile"]))
     machine = data["machine"]
     console().print(
         f"ratio: laconic over the other, {data['repeats']} turns, interval of 95 %; {machine['cpu']}, "
         f"{machine['threads']} threads, torch {machine['torch']}",
         soft_wrap=True,
     )
+
+
+def _compile_table(compiling: dict[str, Any]) -> Any:
+    """A row per compiler: seconds to the first result, and whether its gradients are right."""
+    numeric = ["CPU s to first result", "wall s", "CPU s, training step", "gradient error"]
+    table = _table("Compiling, in a process of its own", ["way", *numeric, "gradients"], numeric)
+    for way, found in compiling.items():
+        first, step = found["inference"], found["training"]
+        seconds = [f"{first[key]:.1f}" if key in first else "failed" for key in ("cpu_seconds", "wall_seconds")]
+        if "problem" in step:
+            table.add_row(way, *seconds, "failed", "", step["problem"])
+        else:
+            right = "right" if step["gradients_right"] else f"WRONG at {step['gradient_error_at']}"
+            table.add_row(way, *seconds, f"{step['cpu_seconds']:.1f}", f"{step['gradient_error']:.1g}", right)
+    return table
 
 
 def doctor_report(found: dict[str, Any]) -> None:
