@@ -71,26 +71,26 @@ def value_of(node: fx.Node) -> Any:
     return node.meta["example_value"] if "example_value" in node.meta else held(node)
 
 
+def memory(node: fx.Node) -> int | None:
+    """What tells the memory of a node's value from that of others; None if it has none of its own."""
+    value = value_of(node)
+    strided = isinstance(value, torch.Tensor) and value.layout == torch.strided
+    return storage_key(value) if strided else None
+
+
 def read_dynamo(graph: fx.Graph, grad: bool) -> Reading | Refusal:
     """Read a graph that is called with gradients recorded (`grad`) or not; or say why it cannot be cut."""
+    refused = obstacle(graph)
+    if refused is not None:
+        return refused
     base = now = Scope((), grad)
     nodes: list[fx.Node] = []
     scopes: list[Scope] = []
     for node in graph.nodes:
-        if node.op == "call_module":
-            return Refusal("a module is called as a whole", node.name)
-        if node.op not in ("call_function", "call_method"):
-            continue
-        if node.target is torch._C._set_grad_enabled:
-            now = Scope(now.entered, bool(node.args[0]))
-        elif node.target in LEAVING:
-            now = Scope((*now.entered, (node.target, tuple(node.args))), now.grad)
-        elif node.target in LEAVING.values():
-            now = Scope(now.entered[:-1], now.grad)
-        else:
-            reason = _obstacle(node)
-            if reason:
-                return Refusal(reason, node.name)
+        behind = scope_behind(node, now)
+        if behind is not None:
+            now = behind
+        elif node.op in ("call_function", "call_method"):
             nodes.append(node)
             scopes.append(now)
     if now.entered:
@@ -98,14 +98,45 @@ def read_dynamo(graph: fx.Graph, grad: bool) -> Reading | Refusal:
     return Reading(nodes, scopes, base, now, _list(graph, nodes, scopes))
 
 
+def scope_behind(node: fx.Node, now: Scope) -> Scope | None:
+    """The scope behind a call that enters or leaves one; None for any other node."""
+    target: Any = node.target
+    if node.op != "call_function":
+        return None
+    if target is torch._C._set_grad_enabled:
+        return Scope(now.entered, bool(node.args[0]))
+    if target in LEAVING:
+        return Scope((*now.entered, (target, tuple(node.args))), now.grad)
+    if target in LEAVING.values():
+        return Scope(now.entered[:-1], now.grad)
+    return None
+
+
+def obstacle(graph: fx.Graph) -> Refusal | None:
+    """Why no cut of a graph would be right, if there is a reason that a single node tells."""
+    now = Scope((), True)
+    for node in graph.nodes:
+        if scope_behind(node, now) is None:
+            reason = _obstacle(node)
+            if reason:
+                return Refusal(reason, node.name)
+    return None
+
+
 def _obstacle(node: fx.Node) -> str:
-    if changes_metadata(node):
-        return f"{getattr(node.target, '__name__', node.target)} changes a tensor's form in place"
-    if touches_state(node):
-        return f"{getattr(node.target, '__name__', node.target)} may change global state"
+    if node.op == "call_module":
+        return "a module is called as a whole"
+    if node.op in ("call_function", "call_method"):
+        if changes_metadata(node):
+            return f"{getattr(node.target, '__name__', node.target)} changes a tensor's form in place"
+        if touches_state(node):
+            return f"{getattr(node.target, '__name__', node.target)} may change global state"
     value = node.meta.get("example_value")
-    if isinstance(value, torch.Tensor) and type(value) is not FakeTensor and not isinstance(value, torch.nn.Parameter):
-        return f"a value is a {type(value).__name__}"
+    if isinstance(value, torch.Tensor):
+        if type(value) is not FakeTensor and not isinstance(value, torch.nn.Parameter):
+            return f"a value is a {type(value).__name__}"
+        if value.layout is not torch.strided:
+            return f"a value is {value.layout}"
     return ""
 
 
@@ -155,7 +186,19 @@ def call(node: fx.Node, read: list[fx.Node]) -> Hashable:
     args = node.args
     if isinstance(node.target, HigherOrderOperator):  # the name that `invoke_subgraph` has for a region says nothing
         args = tuple(None if isinstance(a, str) else a for a in args)
-    return (node.op, node.target, skeleton(args, leaf), skeleton(node.kwargs, leaf))
+    said = (node.op, node.target, skeleton(args, leaf), skeleton(node.kwargs, leaf))
+    return (*said, _lists(node.args[1])) if node.target in _INDEXING and len(node.args) > 1 else said
+
+
+#: Where a list is an index into one axis, a tuple one for each of several.
+_INDEXING = {operator.getitem, operator.setitem, operator.delitem, "__getitem__", "__setitem__"}
+
+
+def _lists(index: Any) -> Hashable:
+    """Which sequences in an index are lists."""
+    if isinstance(index, (list, tuple)):
+        return (isinstance(index, list), *map(_lists, index))
+    return None
 
 
 def content(body: fx.GraphModule) -> Hashable:

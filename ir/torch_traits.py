@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch.nn import functional
 
 #: Methods and functions that change what a tensor is rather than what it holds.
 _METADATA = (
@@ -23,7 +24,15 @@ _METADATA = (
 )
 _IN_PLACE = "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift setitem delitem"
 _HARMLESS = {"_log_api_usage_once"}  # return nothing and do nothing
-_STATISTICS = {"batch_norm", "instance_norm"}  # which update the running statistics that are their operands 1 and 2
+#: Functions that write into other operands than their first: which, by position and name.
+_WRITES: dict[Any, tuple[tuple[int, str], ...]] = {
+    **dict.fromkeys((functional.batch_norm, functional.instance_norm), ((1, "running_mean"), (2, "running_var"))),
+    **dict.fromkeys(
+        (torch.batch_norm, torch.instance_norm, torch.native_batch_norm), ((3, "running_mean"), (4, "running_var"))
+    ),
+}
+#: Functions that scale rows of their operand "weight" down if they have this argument.
+_RENORMING = {functional.embedding: 3, functional.embedding_bag: 3}
 
 
 def changes_metadata(node: fx.Node) -> bool:
@@ -37,18 +46,19 @@ def changes_metadata(node: fx.Node) -> bool:
 def written(node: fx.Node) -> list[fx.Node]:
     """The operands that a call may write into."""
     if isinstance(node.target, HigherOrderOperator):
-        return list(node.all_input_nodes) if any(map(_writes_inside, _bodies(node))) else []
+        writes = node.target.__name__.endswith("_mutation") or any(map(_writes_inside, _bodies(node)))
+        return list(node.all_input_nodes) if writes else []
     if isinstance(node.target, (OpOverload, OpOverloadPacket)):
         return [operand for operand in _by_schema(node) if isinstance(operand, fx.Node)]
-    name, found = _name(node), []
-    bare = name.strip("_")
-    if bare in _IN_PLACE.split() or (name.endswith("_") and not name.endswith("__")) or is_inplace(node):
+    name, found = _name(node), [node.kwargs.get("out")]
+    if name.strip("_") in _IN_PLACE.split() or (name.endswith("_") and not name.endswith("__")) or is_inplace(node):
         found.append(node.args[0] if node.args else node.kwargs.get("input"))
-    if bare in _STATISTICS:
-        found += [argument(node, position, name) for position, name in ((1, "running_mean"), (2, "running_var"))]
-    out = node.kwargs.get("out")
-    found += out if isinstance(out, (list, tuple)) else [out]
-    return [operand for operand in found if isinstance(operand, fx.Node)]
+    found += [argument(node, position, name) for position, name in _WRITES.get(node.target, ())]
+    if node.target in _RENORMING and argument(node, _RENORMING[node.target], "max_norm") is not None:
+        found.append(argument(node, 1, "weight"))
+    operands: list[fx.Node] = []
+    fx.node.map_arg(found, operands.append)
+    return operands
 
 
 def touches_state(node: fx.Node) -> bool:

@@ -33,10 +33,11 @@ from laconic.codegen.backend.inductor import (
     runs_on_cpu,
 )
 from laconic.codegen.backend.options import Options
-from laconic.codegen.backend.out_of_place import out_of_place
+from laconic.codegen.backend.out_of_place import autocast_is_on, out_of_place
 from laconic.codegen.backend.rewrite import rewrite
+from laconic.codegen.backend.snapshots import read_through_copies
 from laconic.codegen.backend.stats import GraphRecord, new_record
-from laconic.ir.dynamo import Refusal, parts_beside_their_tuple, read_dynamo
+from laconic.ir.dynamo import Refusal, obstacle, parts_beside_their_tuple, read_dynamo
 from laconic.ir.errors import LaconicError, MissingDependencyError, VerificationError
 from laconic.ir.program import copy_graph
 
@@ -64,10 +65,11 @@ def compile_dynamo(graph: fx.GraphModule, example_inputs: Sequence[Any], options
     hits = cache_hits()
     try:
         if runs_on_cpu(example_inputs) and not has_compiler():
-            return _without_compiler(graph, options, record)
-        found = _guarded(lambda: plan_cut(graph, record), options, record)
+            without_compiler(options, record)
+            return graph.forward
+        found = guarded(lambda: plan_cut(graph, record), options, record)
         if isinstance(found, Cut):
-            driven: Callable[..., Any] | None = _guarded(lambda: compile_cut(found, options, record), options, record)
+            driven: Callable[..., Any] | None = guarded(lambda: compile_cut(found, options, record), options, record)
             if driven is not None:
                 return driven
         elif isinstance(found, Refusal):
@@ -87,8 +89,12 @@ def plan_cut(module: fx.GraphModule, record: GraphRecord) -> Cut | Refusal:
         training = torch.is_grad_enabled()
         copy = fx.GraphModule(module, copy_graph(module.graph))
         parts_beside_their_tuple(copy.graph)
+        refused = obstacle(copy.graph)
+        if refused is not None:
+            return refused
+        record.out_of_place = out_of_place(copy.graph, training, autocast_is_on(copy.graph))
         if training:
-            record.out_of_place = out_of_place(copy.graph, torch.is_autocast_enabled("cpu"))
+            record.copies = read_through_copies(copy.graph)
         reading = read_dynamo(copy.graph, training)
         if isinstance(reading, Refusal):
             return reading
@@ -98,9 +104,13 @@ def plan_cut(module: fx.GraphModule, record: GraphRecord) -> Cut | Refusal:
 
 
 def compile_cut(found: Cut, options: Options, record: GraphRecord) -> Callable[..., Any]:
-    """Compile each piece once, all their C++ kernels in one unit; the driver that calls them."""
+    """Compile each piece once; the driver that calls them."""
+    return drive(found, compile_pieces(found, piece_settings(options, record), record))
+
+
+def compile_pieces(found: Cut, settings: dict[str, Any], record: GraphRecord) -> list[Boxed]:
+    """Compile each piece once, all their C++ kernels in one unit."""
     record.repeats = [(r.period, r.count, len(r.slots), len(r.outputs)) for r in found.repeats]
-    settings = piece_settings(options, record)
     functions: list[Boxed] = []
     with one_unit(record):
         for piece in found.pieces:
@@ -111,7 +121,7 @@ def compile_cut(found: Cut, options: Options, record: GraphRecord) -> Callable[.
         *(found.nodes, len(found.steps), len(found.pieces), found.compiled),
         ", ".join(f"{r.period} x {r.count}" for r in found.repeats),
     )
-    return drive(found, functions)
+    return functions
 
 
 def _compile_piece(piece: Piece, settings: dict[str, Any], record: GraphRecord) -> Boxed:
@@ -131,7 +141,7 @@ def piece_settings(options: Options, record: GraphRecord) -> dict[str, Any]:
 
     def run(graph: fx.Graph) -> None:
         with record.timed("passes"):
-            done = _guarded(lambda: rewrite(graph, passes), options, record)
+            done = guarded(lambda: rewrite(graph, passes), options, record)
         if isinstance(done, str):
             log.info("passes are not run on a piece: %s", done)
         for name, count in (done if isinstance(done, dict) else {}).items():
@@ -140,7 +150,7 @@ def piece_settings(options: Options, record: GraphRecord) -> dict[str, Any]:
     return GraphRewrite(run, f"laconic {_own_sources()} {options.pipeline}").settings(dict(options.inductor))
 
 
-def _guarded(step: Callable[[], Any], options: Options, record: GraphRecord) -> Any:
+def guarded(step: Callable[[], Any], options: Options, record: GraphRecord) -> Any:
     """A step of ours. If it fails that is logged and counted, and None is the answer; with `strict` it is raised."""
     try:
         return step()
@@ -154,14 +164,14 @@ def _guarded(step: Callable[[], Any], options: Options, record: GraphRecord) -> 
         return None
 
 
-def _without_compiler(graph: fx.GraphModule, options: Options, record: GraphRecord) -> Callable[..., Any]:
+def without_compiler(options: Options, record: GraphRecord) -> None:
+    """Say that there is no C++ compiler. Raises MissingDependencyError with `strict`."""
     record.fallback = "there is no C++ compiler"
     if options.strict:
         raise MissingDependencyError("there is no C++ compiler", hint="install g++ or clang++, or set CXX")
     warnings.warn(
         "there is no C++ compiler: the model runs uncompiled (install g++ or clang++, or set CXX)", stacklevel=2
     )
-    return graph.forward
 
 
 @cache

@@ -17,18 +17,22 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
 from torch import fx, nn
 
-from laconic.ir.dynamo import Reading, Refusal, Scope, value_of
+from laconic.ir.dynamo import Reading, Refusal, Scope, memory, value_of
 from laconic.ir.listing import Repeat
 from laconic.ir.program import copy_graph
 from laconic.ir.repeats import find_repeats
-from laconic.ir.torch_private import LEAVING, storage_key
+from laconic.ir.torch_private import LEAVING, expression, is_unbacked
 from laconic.ir.torch_traits import written
 
 #: Share of the nodes that need not be compiled, below which cutting is not worth its calls.
 WORTHWHILE = 0.15
+#: A repeat that saves fewer nodes than this, and a smaller share of the graph, costs more than it saves: around it
+#: there are two pieces more to compile and to call.
+FEW, SMALL = 16, 0.05
 
 
 @dataclass(frozen=True)
@@ -70,16 +74,18 @@ class Cut:
 
 def cut(module: fx.GraphModule, reading: Reading) -> Cut | Refusal:
     """Cut a graph at its repeats; or say why not."""
-    repeats = find_repeats(reading.listing)
     total = len(reading.nodes)
-    if not repeats:
+    every = find_repeats(reading.listing)
+    if not every:
         return Refusal("no repeated run")
+    repeats = [r for r in every if r.saved >= min(FEW, SMALL * total)]
     if sum(r.saved for r in repeats) < WORTHWHILE * total:
         return Refusal("too little is repeated")
     found = Cut(module.graph, repeats, total)
     if reading.final.grad != reading.base.grad:
         found.final_grad = reading.final.grad
     known: dict[Hashable, int] = {}
+    sizes = _sizes(module.graph)
     for start, stop, outputs in _stretches(repeats, reading):
         crossing = [start + offset for offset in outputs]
         if not reading.listing.uncut.isdisjoint(crossing):
@@ -87,6 +93,11 @@ def cut(module: fx.GraphModule, reading: Reading) -> Cut | Refusal:
             return Refusal("a value that is no tensor crosses a cut", name)
         says, bound = reading.listing.block(start, stop - start)
         slots = [reading.operand(operand) for operand in bound]
+        for symbol in _unnamed(slots, reading.nodes[start:stop]):
+            if symbol in sizes:
+                slots.append(sizes[symbol])
+            elif not is_unbacked(symbol):
+                return Refusal(f"no input says how large {symbol} is")
         if (says, outputs) not in known:
             known[says, outputs] = len(found.pieces)
             found.pieces.append(_piece(module, reading, range(start, stop), slots, crossing))
@@ -96,39 +107,53 @@ def cut(module: fx.GraphModule, reading: Reading) -> Cut | Refusal:
     return _writes_across(found, reading) or found
 
 
+def _sizes(graph: fx.Graph) -> dict[Any, fx.Node]:
+    """The inputs that are symbolic sizes, by their symbols."""
+    values = {node: value_of(node) for node in graph.nodes if node.op == "placeholder"}
+    return {expression(value): node for node, value in values.items() if isinstance(value, torch.SymInt)}
+
+
+def _unnamed(slots: list[fx.Node], calls: list[fx.Node]) -> list[sympy.Symbol]:
+    """The symbols that sizes in a piece are made of and no operand is, in a fixed order. The piece needs them: of a
+    tensor with 2*s rows, an operand or what a backward is given, nothing tells s."""
+    expressions = {e for node in (*slots, *calls) for e in _expressions(value_of(node))}
+    used = {s for e in expressions if isinstance(e, sympy.Basic) and not e.is_Symbol for s in e.free_symbols}
+    named = {expression(value_of(slot)) for slot in slots if isinstance(value_of(slot), torch.SymInt)}
+    return sorted(used - named, key=str)
+
+
+def _expressions(value: Any) -> Iterator[Any]:
+    """The sizes, strides and offsets in a value."""
+    if isinstance(value, torch.Tensor):
+        yield from map(expression, (*value.shape, *value.stride(), value.storage_offset()))
+    elif isinstance(value, torch.SymInt):
+        yield expression(value)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _expressions(part)
+
+
 def _writes_across(found: Cut, reading: Reading) -> Refusal | None:
     """Why a write in place would go wrong once the graph is cut, if one would.
 
     Autograd refuses a write into what another piece may have saved. And two values that leave the pieces do not share
     memory that was made inside one; memory that came in from outside is shared as ever.
     """
-    outside = {_memory(node) for node in found.graph.nodes if node.op in ("placeholder", "get_attr")}
+    outside = {memory(node) for node in found.graph.nodes if node.op in ("placeholder", "get_attr")}
     crossing: dict[int | None, set[fx.Node]] = {}
     for step in found.steps:
         for result in step.results:
             if result is not None:
-                crossing.setdefault(_memory(result), set()).add(result)
+                crossing.setdefault(memory(result), set()).add(result)
     home = _homes(found)
     for position, node in enumerate(reading.nodes):
-        for target in written(node):
-            memory = _memory(target)
-            if memory is None:
-                continue
-            gradients = any(
-                _memory(slot) == memory and value_of(slot).requires_grad for slot in home[position].operands
-            )
+        for where in {memory(target) for target in written(node)} - {None}:
+            gradients = any(memory(slot) == where and value_of(slot).requires_grad for slot in home[position].operands)
             if gradients and reading.recording:
                 return Refusal("a value that requires gradients is written in place", node.name)
-            if memory not in outside and len(crossing.get(memory, ())) > 1:
+            if where not in outside and len(crossing.get(where, ())) > 1:
                 return Refusal("a value that is written in place leaves its piece in two views", node.name)
     return None
-
-
-def _memory(node: fx.Node) -> int | None:
-    """What tells the memory of a node's value from that of others."""
-    value = value_of(node)
-    strided = isinstance(value, torch.Tensor) and value.layout == torch.strided
-    return storage_key(value) if strided else None
 
 
 def _homes(found: Cut) -> list[Step]:

@@ -4,9 +4,10 @@
     %y = add_(%x, %h)                 ->      %y = add(%x, %h)
     %z = relu(%x)                             %z = relu(%y)
 
-In training a cut makes inputs of pieces out of intermediates, and autograd refuses a write into what an earlier piece
-has saved, where the whole graph would have been right. A call is left as it is if the caller, or another view, would
-see the difference; if there is no out-of-place form; or if that would give another type.
+A cut makes inputs of pieces out of intermediates. In training autograd refuses a write into what an earlier piece has
+saved, where the whole graph would have been right; in any case a piece would have to write back what it could return.
+A call is left as it is if the caller, or an older view, would see the difference; if there is no out-of-place form; if
+that would give another type; or if gradients are not recorded but flow through what is written to.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from laconic.ir.dynamo import value_of
-from laconic.ir.torch_private import LEAVING, storage_key
+from laconic.ir.dynamo import Scope, memory, scope_behind, value_of
+from laconic.ir.signature import layout
 from laconic.ir.torch_traits import inplace_position, is_inplace, written
 
 _OPERATORS: dict[Any, Any] = {
@@ -33,27 +34,36 @@ _OTHERS = {"bernoulli_", "random_"}
 _SAME_UNDER_AUTOCAST = {"add", "sub", "mul", "div", "truediv", "relu", "dropout", "clamp", "masked_fill", "index_put"}
 
 
-def out_of_place(graph: fx.Graph, autocast: bool) -> int:
-    """Rewrite a graph that is called under autocast or not. Returns how many calls were rewritten."""
+def out_of_place(graph: fx.Graph, grad: bool, autocast: bool) -> int:
+    """Rewrite a graph that is called with gradients recorded (`grad`) or not, under autocast or not. Returns how many
+    calls were rewritten."""
     position = {node: number for number, node in enumerate(graph.nodes)}
     sharing: dict[int, list[fx.Node]] = {}
     for node in graph.nodes:
-        value = value_of(node) if node.op != "output" else None
-        if isinstance(value, torch.Tensor) and value.layout == torch.strided:
-            sharing.setdefault(storage_key(value), []).append(node)
-    rewritten = depth = 0
+        where = memory(node) if node.op != "output" else None
+        if where is not None:
+            sharing.setdefault(where, []).append(node)
+    rewritten, now = 0, Scope((), grad)
     for node in list(graph.nodes):
-        depth += (node.target in LEAVING) - (node.target in LEAVING.values())
+        now = scope_behind(node, now) or now
         target = _target(node)
         if target is None or not _unseen(target, node, position, sharing):
             continue
-        if not _say(node, target, autocast or depth > 0):
+        if value_of(target).requires_grad and not now.grad:
+            continue  # what is written where nothing is recorded keeps the gradient of what was there before
+        if not _say(node, target, autocast or bool(now.entered)):
             continue
         rewritten += 1
         for user in [u for u in target.users if position[u] > position[node]]:
             user.replace_input_with(target, node)
-        sharing[storage_key(value_of(target))].remove(node)
     return rewritten
+
+
+def autocast_is_on(graph: fx.Graph) -> bool:
+    """Whether autocast is on now for a device that a graph computes on."""
+    values = (value_of(node) for node in graph.nodes if node.op != "output")
+    kinds = {value.device.type for value in values if isinstance(value, torch.Tensor)}
+    return any(torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) for kind in kinds)
 
 
 def _target(node: fx.Node) -> fx.Node | None:
@@ -65,11 +75,11 @@ def _target(node: fx.Node) -> fx.Node | None:
 
 
 def _unseen(target: fx.Node, node: fx.Node, position: dict[fx.Node, int], sharing: dict[int, list[fx.Node]]) -> bool:
-    """Whether nobody sees the write but who reads `target` or the call's result later on."""
-    value = value_of(target)
-    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+    """Whether nobody sees the write but who reads `target`, the call's result, or what is made of these later on."""
+    where = memory(target)
+    if where is None:
         return False
-    others = [n for n in sharing[storage_key(value)] if n is not target and n is not node]
+    others = [n for n in sharing[where] if n is not target and position[n] < position[node]]
     return all(
         n.op in ("call_function", "call_method") and all(position[u] < position[node] for u in n.users) for n in others
     )
@@ -90,7 +100,7 @@ def _say(node: fx.Node, target: fx.Node, autocast: bool) -> bool:
             now = function(*fakes, **named)
     except (TypeError, RuntimeError):  # the out-of-place form takes other arguments
         return False
-    if not isinstance(now, torch.Tensor) or (now.dtype, now.shape) != (was.dtype, was.shape):
+    if not isinstance(now, torch.Tensor) or layout(now) != layout(was):
         return False
     node.target = name if node.op == "call_method" else function
     node.args, node.kwargs = args, kwargs

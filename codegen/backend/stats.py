@@ -23,6 +23,7 @@ class GraphRecord:
     refused: str = ""
     fallback: str = ""
     out_of_place: int = 0
+    copies: int = 0
     rewritten: dict[str, int] = field(default_factory=dict)
     unboxed: int = 0
     kernels: int = 0

@@ -1,0 +1,78 @@
+"""Where gradients are recorded, what is written in place is read through copies.
+
+    %y = sin(%m)                      %s = laconic.snapshot(%m)
+    %z = mul(%x, %y)           ->     %y = sin(%s)
+    add_(%m, 1)                       %z = mul(%x, %y)
+                                      add_(%m, 1)
+
+AOTAutograd keeps what is cheapest for the backward: here not %y but %m, to compute %y again. By then %m holds other
+numbers. If a later piece has written them autograd notices and raises; if the same piece has, nobody does, and the
+gradients are wrong (torch 2.13, Inductor on the whole graph too). A copy is written by nobody, and since it is made by
+an op that AOTAutograd does not know, it is kept and not made again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from laconic.ir.dynamo import memory, value_of
+from laconic.ir.signature import layout
+from laconic.ir.torch_private import quiet
+from laconic.ir.torch_traits import written
+
+
+@torch.library.custom_op("laconic::snapshot", mutates_args=())
+def snapshot(value: torch.Tensor) -> torch.Tensor:
+    """A copy of a tensor, made once."""
+    return value.clone()
+
+
+@snapshot.register_fake
+def _(value: torch.Tensor) -> torch.Tensor:
+    return value.clone()
+
+
+def read_through_copies(graph: fx.Graph) -> int:
+    """Rewrite a graph in which gradients are recorded. Returns how many copies it makes."""
+    calls = [node for node in graph.nodes if node.op in ("call_function", "call_method")]
+    targets = {node: [t for t in written(node) if memory(t) is not None] for node in calls}
+    changing = {memory(target) for found in targets.values() for target in found}
+    if not changing:
+        return 0
+    last: dict[int | None, fx.Node] = {}  # the last write into a memory
+    copies: dict[tuple[fx.Node, fx.Node | None], fx.Node] = {}
+    for node in calls:
+        kept = {memory(node), *map(memory, targets[node])}
+        for operand in node.all_input_nodes:
+            where = memory(operand)
+            if where not in changing or where in kept or value_of(operand).requires_grad:
+                continue
+            write = last.get(where)
+            if (operand, write) not in copies:
+                copy = _copied(operand, _later(operand, write), calls[0])
+                if copy is None:
+                    continue
+                copies[operand, write] = copy
+            node.replace_input_with(operand, copies[operand, write])
+        last.update((memory(target), node) for target in targets[node])
+    return len(copies)
+
+
+def _later(operand: fx.Node, write: fx.Node | None) -> fx.Node:
+    return operand if write is None or operand > write else write
+
+
+def _copied(operand: fx.Node, behind: fx.Node, first: fx.Node) -> fx.Node | None:
+    """A copy of an operand, made behind a node; None if a copy would have other strides."""
+    was = value_of(operand)
+    with quiet(was.fake_mode):
+        now = was.clone()
+    if layout(now) != layout(was):
+        return None
+    graph = operand.graph
+    with graph.inserting_before(first) if behind.op == "placeholder" else graph.inserting_after(behind):
+        copy = graph.call_function(torch.ops.laconic.snapshot.default, (operand,))
+    copy.meta = {name: behind.meta[name] for name in ("stack_trace", "nn_module_stack") if name in behind.meta}
+    copy.meta["example_value"] = now
+    return copy
