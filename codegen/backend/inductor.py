@@ -195,7 +195,8 @@ def _compile_unit(kernels: list[Kernel]) -> None:
 
 def _compile_inner(graph: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
     """A backward is compiled when it is first called, behind our back: its kernels make a unit too."""
-    _take_back_donated(graph)
+    if not kwargs.get("is_backward", False):
+        _take_back_donated(graph)
     with one_unit():
         return compile_fx_inner(graph, *args, **kwargs)
 
