@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import sympy
 import torch
 from torch._dispatch.python import enable_python_dispatcher
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.amp import autocast_mode
 from torch.autograd import grad_mode
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.functions import CeilToInt, CleanDiv, FloorDiv, Max, Min, Mod, PythonMod
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.symbol import SymT, make_symbol
@@ -122,6 +124,30 @@ def guards(mode: FakeTensorMode) -> list[str]:
     """What has been decided by the examples of symbolic sizes."""
     env = shape_env(mode)
     return [str(g.expr) for g in env.guards] + [f"{old} = {new}" for old, new in env.replacements.items()]
+
+
+def decisions(mode: FakeTensorMode) -> list[sympy.Basic]:
+    """What `guards` tells, as conditions on sizes."""
+    env = shape_env(mode)
+    return [g.expr for g in env.guards] + [sympy.Eq(old, new) for old, new in env.replacements.items()]
+
+
+class _Called(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.ops: list[OpOverload] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ops.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def ops_called(mode: FakeTensorMode, function: Callable[..., Any], args: Any, kwargs: Any) -> list[OpOverload]:
+    """The ops that a call on fake values comes down to."""
+    called = _Called()
+    with quiet(mode), called:
+        function(*args, **kwargs)
+    return called.ops
 
 
 @contextmanager

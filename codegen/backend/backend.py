@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from laconic.codegen.backend.ahead import first_blocks_completed
 from laconic.codegen.backend.cut import Cut, Piece, cut
 from laconic.codegen.backend.driver import Boxed, drive
 from laconic.codegen.backend.inductor import (
@@ -40,6 +41,7 @@ from laconic.codegen.backend.stats import GraphRecord, new_record
 from laconic.ir.dynamo import Refusal, obstacle, parts_beside_their_tuple, read_dynamo
 from laconic.ir.errors import LaconicError, MissingDependencyError, VerificationError
 from laconic.ir.program import copy_graph
+from laconic.ir.repeats import find_repeats
 
 log = logging.getLogger(__name__)
 
@@ -98,8 +100,13 @@ def plan_cut(module: fx.GraphModule, record: GraphRecord) -> Cut | Refusal:
         reading = read_dynamo(copy.graph, training)
         if isinstance(reading, Refusal):
             return reading
+        repeats = find_repeats(reading.listing)
+        if first_blocks_completed(reading, repeats):
+            reading = read_dynamo(copy.graph, training)
+            assert not isinstance(reading, Refusal)
+            repeats = find_repeats(reading.listing)
         record.nodes = len(reading.nodes)
-        found = cut(copy, reading)
+        found = cut(copy, reading, repeats)
     return found
 
 

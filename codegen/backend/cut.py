@@ -24,7 +24,6 @@ from torch import fx, nn
 from laconic.ir.dynamo import Reading, Refusal, Scope, memory, value_of
 from laconic.ir.listing import Repeat
 from laconic.ir.program import copy_graph
-from laconic.ir.repeats import find_repeats
 from laconic.ir.torch_private import LEAVING, expression, is_unbacked
 from laconic.ir.torch_traits import written
 
@@ -72,10 +71,9 @@ class Cut:
         return sum(piece.nodes for piece in self.pieces)
 
 
-def cut(module: fx.GraphModule, reading: Reading) -> Cut | Refusal:
-    """Cut a graph at its repeats; or say why not."""
+def cut(module: fx.GraphModule, reading: Reading, every: list[Repeat]) -> Cut | Refusal:
+    """Cut a graph at those of its repeats that are worth it; or say why not."""
     total = len(reading.nodes)
-    every = find_repeats(reading.listing)
     if not every:
         return Refusal("no repeated run")
     repeats = [r for r in every if r.saved >= min(FEW, SMALL * total)]
@@ -123,9 +121,9 @@ def _unnamed(slots: list[fx.Node], calls: list[fx.Node]) -> list[sympy.Symbol]:
 
 
 def _expressions(value: Any) -> Iterator[Any]:
-    """The sizes, strides and offsets in a value."""
+    """The sizes and strides in a value."""
     if isinstance(value, torch.Tensor):
-        yield from map(expression, (*value.shape, *value.stride(), value.storage_offset()))
+        yield from map(expression, (*value.shape, *value.stride()))
     elif isinstance(value, torch.SymInt):
         yield expression(value)
     elif isinstance(value, (list, tuple)):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from cut_eager import EagerPieces
 from torch import nn
+
+from cut_eager import EagerPieces
 
 
 class Stacked(nn.Module):
