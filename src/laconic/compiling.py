@@ -82,7 +82,7 @@ def compile_nested(module: nn.Module) -> tuple[Compiled, Timed]:
         kind = type(layer)
         if kind not in marked:
             marked[kind] = torch.compiler.nested_compile_region(_region(kind.forward))
-        layer.forward = MethodType(marked[kind], layer)  # type: ignore[method-assign]
+        layer.forward = MethodType(marked[kind], layer)
     return _timed(module, inductor)
 
 

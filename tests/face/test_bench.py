@@ -133,7 +133,7 @@ def test_a_slow_module_shows_in_the_ratio(source: Source, program: Program, monk
     ("against", "sizes", "says"),
     [
         (["egar"], {}, "did you mean 'eager'"),
-        (["inductor"], {}, "nothing called 'inductor'"),
+        (["tensorrt"], {}, "nothing called 'tensorrt'"),
         ([], {"bach": 2}, "did you mean 'batch'"),
         ([], {"batch": 65}, "batch is in [1, 64]"),
         ([], {"batch": 0}, "batch is in [1, 64]"),
