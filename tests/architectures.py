@@ -6,7 +6,7 @@ recur, for tests that compare what is found with what the configuration says.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import partial
 from typing import Any
 
@@ -193,3 +193,23 @@ def make(name: str, table: dict[str, Callable[[], Case]] = ARCHITECTURES) -> Cas
     torch.manual_seed(0)
     module, inputs, axes = table[name]()
     return module.eval(), inputs, axes
+
+
+def inputs_of(
+    example: dict[str, Any], sizes: tuple[int, int, int], seed: int, fixed: Container[str] = ()
+) -> dict[str, Any]:
+    """Arguments like the example's at other sizes (batch, sequence, target), the example's where an axis is fixed."""
+    torch.manual_seed(seed)
+    batch, sequence, target = sizes
+    made: dict[str, Any] = {}
+    for name, value in example.items():
+        if not isinstance(value, torch.Tensor):
+            made[name] = value
+        elif value.is_floating_point():
+            made[name] = torch.randn(batch, *value.shape[1:])
+        elif name == "attention_mask":
+            made[name] = (torch.arange(sequence) < torch.randint(1, sequence + 1, (batch, 1))).long()
+        else:
+            length = target if name == "decoder_input_ids" else sequence
+            made[name] = torch.randint(0, 100, (batch, value.shape[1] if name in fixed else length))
+    return made

@@ -12,28 +12,10 @@ import torch
 import torch.utils._pytree as pytree
 
 import laconic
-from architectures import ARCHITECTURES, make
+from architectures import ARCHITECTURES, inputs_of, make
 from laconic.ir.metrics import bit_equal
 
 SIZES = [(1, 1, 1), (2, 9, 4), (5, 13, 17)]
-
-
-def inputs_of(example: dict[str, Any], sizes: tuple[int, int, int], seed: int) -> dict[str, Any]:
-    """Arguments like the example's at other sizes (batch, sequence, target)."""
-    torch.manual_seed(seed)
-    batch, sequence, target = sizes
-    made: dict[str, Any] = {}
-    for name, value in example.items():
-        if name == "pixel_values":
-            made[name] = torch.randn(batch, *value.shape[1:])
-        elif name == "attention_mask":
-            lengths = torch.randint(1, sequence + 1, (batch, 1))
-            made[name] = (torch.arange(sequence) < lengths).long()
-        elif isinstance(value, torch.Tensor):
-            made[name] = torch.randint(0, 100, (batch, target if name == "decoder_input_ids" else sequence))
-        else:
-            made[name] = value
-    return made
 
 
 @pytest.fixture(scope="module", params=sorted(ARCHITECTURES))

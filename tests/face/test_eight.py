@@ -13,7 +13,7 @@ import torch
 import torch.utils._pytree as pytree
 
 import laconic
-from architectures import BY_TURNS, EIGHT, make
+from architectures import BY_TURNS, EIGHT, inputs_of, make
 from laconic.ir.capture import capture_module
 from laconic.ir.metrics import bit_equal
 from laconic.ir.program import Program
@@ -25,24 +25,6 @@ ATTENTION, MLP, MOE, MIXER = BranchKind.ATTENTION, BranchKind.MLP, BranchKind.MO
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
 Captured = tuple[str, torch.nn.Module, dict[str, Any], Program]
-
-
-def inputs_of(example: dict[str, Any], sizes: tuple[int, int, int], seed: int, fixed: set[str]) -> dict[str, Any]:
-    """Arguments like the example's at other sizes (batch, sequence, target), the example's where an axis is fixed."""
-    torch.manual_seed(seed)
-    batch, sequence, target = sizes
-    made: dict[str, Any] = {}
-    for name, value in example.items():
-        if not isinstance(value, torch.Tensor):
-            made[name] = value
-        elif value.is_floating_point():
-            made[name] = torch.randn(batch, *value.shape[1:])
-        elif name == "attention_mask":
-            made[name] = (torch.arange(sequence) < torch.randint(1, sequence + 1, (batch, 1))).long()
-        else:
-            length = target if name == "decoder_input_ids" else sequence
-            made[name] = torch.randint(0, 100, (batch, value.shape[1] if name in fixed else length))
-    return made
 
 
 def fixed_inputs(program: Program) -> set[str]:
