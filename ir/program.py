@@ -310,8 +310,8 @@ class Program:
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """A copy of a graph with the same node names and meta dicts of its own."""
-    new = fx.Graph()
+    """A copy of a graph with the same node names and meta dicts of its own; attributes are those of the same module."""
+    new = fx.Graph(owning_module=graph.owning_module)
     mapped: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         mapped[node] = new.node_copy(node, lambda n: mapped[n])

@@ -89,24 +89,24 @@ def plan_cut(module: fx.GraphModule, record: GraphRecord) -> Cut | Refusal:
     """Find what is repeated, on a copy of the graph, and cut it there. Compiles nothing."""
     with record.timed("search"):
         training = torch.is_grad_enabled()
-        copy = fx.GraphModule(module, copy_graph(module.graph))
-        parts_beside_their_tuple(copy.graph)
-        refused = obstacle(copy.graph)
+        graph = copy_graph(module.graph)
+        parts_beside_their_tuple(graph)
+        refused = obstacle(graph)
         if refused is not None:
             return refused
-        record.out_of_place = out_of_place(copy.graph, training, autocast_is_on(copy.graph))
+        record.out_of_place = out_of_place(graph, training, autocast_is_on(graph))
         if training:
-            record.copies = read_through_copies(copy.graph)
-        reading = read_dynamo(copy.graph, training)
+            record.copies = read_through_copies(graph)
+        reading = read_dynamo(graph, training)
         if isinstance(reading, Refusal):
             return reading
         repeats = find_repeats(reading.listing)
         if first_blocks_completed(reading, repeats):
-            reading = read_dynamo(copy.graph, training)
+            reading = read_dynamo(graph, training)
             assert not isinstance(reading, Refusal)
             repeats = find_repeats(reading.listing)
         record.nodes = len(reading.nodes)
-        found = cut(copy, reading, repeats)
+        found = cut(graph, reading, repeats)
     return found
 
 

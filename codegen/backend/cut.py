@@ -12,7 +12,6 @@ its calls (autocast, no_grad) by itself.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +24,7 @@ from laconic.ir.dynamo import Reading, Refusal, Scope, memory, value_of
 from laconic.ir.listing import Repeat
 from laconic.ir.program import copy_graph
 from laconic.ir.torch_private import LEAVING, expression, is_unbacked
-from laconic.ir.torch_traits import written
+from laconic.ir.torch_traits import held, written
 
 #: Share of the nodes that need not be compiled, below which cutting is not worth its calls.
 WORTHWHILE = 0.15
@@ -71,7 +70,7 @@ class Cut:
         return sum(piece.nodes for piece in self.pieces)
 
 
-def cut(module: fx.GraphModule, reading: Reading, every: list[Repeat]) -> Cut | Refusal:
+def cut(graph: fx.Graph, reading: Reading, every: list[Repeat]) -> Cut | Refusal:
     """Cut a graph at those of its repeats that are worth it; or say why not."""
     total = len(reading.nodes)
     if not every:
@@ -79,11 +78,11 @@ def cut(module: fx.GraphModule, reading: Reading, every: list[Repeat]) -> Cut | 
     repeats = [r for r in every if r.saved >= min(FEW, SMALL * total)]
     if sum(r.saved for r in repeats) < WORTHWHILE * total:
         return Refusal("too little is repeated")
-    found = Cut(module.graph, repeats, total)
+    found = Cut(graph, repeats, total)
     if reading.final.grad != reading.base.grad:
         found.final_grad = reading.final.grad
     known: dict[Hashable, int] = {}
-    sizes = _sizes(module.graph)
+    sizes = _sizes(graph)
     for start, stop, outputs in _stretches(repeats, reading):
         crossing = [start + offset for offset in outputs]
         if not reading.listing.uncut.isdisjoint(crossing):
@@ -98,7 +97,7 @@ def cut(module: fx.GraphModule, reading: Reading, every: list[Repeat]) -> Cut | 
                 return Refusal(f"no input says how large {symbol} is")
         if (says, outputs) not in known:
             known[says, outputs] = len(found.pieces)
-            found.pieces.append(_piece(module, reading, range(start, stop), slots, crossing))
+            found.pieces.append(_piece(reading, range(start, stop), slots, crossing))
         used = reading.listing.outputs(start, stop - start)
         results = tuple(reading.nodes[start + offset] if offset in used else None for offset in outputs)
         found.steps.append(Step(known[says, outputs], tuple(slots), results))
@@ -172,9 +171,7 @@ def _stretches(repeats: list[Repeat], reading: Reading) -> Iterator[tuple[int, i
             yield start, position, starting[start].outputs
 
 
-def _piece(
-    module: fx.GraphModule, reading: Reading, positions: range, slots: list[fx.Node], outputs: list[int]
-) -> Piece:
+def _piece(reading: Reading, positions: range, slots: list[fx.Node], outputs: list[int]) -> Piece:
     graph = fx.Graph()
     inside: dict[fx.Node, fx.Node] = {}
     for number, slot in enumerate(slots):
@@ -185,7 +182,7 @@ def _piece(
     def operand(leaf: fx.Node) -> fx.Node:
         if leaf not in inside:  # a graph that a higher-order op is given
             inside[leaf] = graph.node_copy(leaf)
-            bodies[str(leaf.target)] = operator.attrgetter(str(leaf.target))(module)
+            bodies[str(leaf.target)] = held(leaf)
         return inside[leaf]
 
     scopes = _Scopes(graph, reading.base)
