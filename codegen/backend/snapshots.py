@@ -13,12 +13,15 @@ an op that AOTAutograd does not know, it is kept and not made again.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import fx
 
 from laconic.ir.dynamo import memory, value_of
 from laconic.ir.signature import layout
-from laconic.ir.torch_private import quiet
+from laconic.ir.torch_private import quiet, storage_key
 from laconic.ir.torch_traits import written
 
 
@@ -43,7 +46,7 @@ def read_through_copies(graph: fx.Graph) -> int:
     last: dict[int | None, fx.Node] = {}  # the last write into a memory
     copies: dict[tuple[fx.Node, fx.Node | None], fx.Node] = {}
     for node in calls:
-        kept = {memory(node), *map(memory, targets[node])}
+        kept = {*_memories(value_of(node)), *map(memory, targets[node])}  # a view is no read, a write none of its own
         for operand in node.all_input_nodes:
             where = memory(operand)
             if where not in changing or where in kept or value_of(operand).requires_grad:
@@ -57,6 +60,15 @@ def read_through_copies(graph: fx.Graph) -> int:
             node.replace_input_with(operand, copies[operand, write])
         last.update((memory(target), node) for target in targets[node])
     return len(copies)
+
+
+def _memories(value: Any) -> Iterator[int]:
+    """The memory of a value or of its parts."""
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _memories(part)
+    elif isinstance(value, torch.Tensor):
+        yield storage_key(value)
 
 
 def _later(operand: fx.Node, write: fx.Node | None) -> fx.Node:
