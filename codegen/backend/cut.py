@@ -21,7 +21,7 @@ import torch
 from torch import fx, nn
 
 from laconic.ir.dynamo import Reading, Refusal, Scope, memory, value_of
-from laconic.ir.listing import Repeat
+from laconic.ir.listing import Operand, Repeat
 from laconic.ir.program import copy_graph
 from laconic.ir.torch_private import LEAVING, expression, is_unbacked
 from laconic.ir.torch_traits import held, written
@@ -81,26 +81,27 @@ def cut(graph: fx.Graph, reading: Reading, every: list[Repeat]) -> Cut | Refusal
     found = Cut(graph, repeats, total)
     if reading.final.grad != reading.base.grad:
         found.final_grad = reading.final.grad
-    known: dict[Hashable, int] = {}
+    known: dict[Hashable, tuple[int, list[fx.Node]]] = {}
     sizes = _sizes(graph)
-    for start, stop, outputs in _stretches(repeats, reading):
-        crossing = [start + offset for offset in outputs]
+    for stretch in _stretches(repeats, reading):
+        crossing = [stretch.start + offset for offset in stretch.outputs]
         if not reading.listing.uncut.isdisjoint(crossing):
             name = next(reading.nodes[p].name for p in crossing if p in reading.listing.uncut)
             return Refusal("a value that is no tensor crosses a cut", name)
-        says, bound = reading.listing.block(start, stop - start)
-        slots = [reading.operand(operand) for operand in bound]
-        for symbol in _unnamed(slots, reading.nodes[start:stop]):
-            if symbol in sizes:
-                slots.append(sizes[symbol])
-            elif not is_unbacked(symbol):
-                return Refusal(f"no input says how large {symbol} is")
-        if (says, outputs) not in known:
-            known[says, outputs] = len(found.pieces)
-            found.pieces.append(_piece(reading, range(start, stop), slots, crossing))
-        used = reading.listing.outputs(start, stop - start)
-        results = tuple(reading.nodes[start + offset] if offset in used else None for offset in outputs)
-        found.steps.append(Step(known[says, outputs], tuple(slots), results))
+        slots = [reading.operand(operand) for operand in stretch.bound]
+        if stretch.key not in known:
+            calls = range(stretch.start, stretch.stop)
+            unnamed = _unnamed(slots, [reading.nodes[p] for p in calls])
+            lost = [symbol for symbol in unnamed if symbol not in sizes and not is_unbacked(symbol)]
+            if lost:
+                return Refusal(f"no input says how large {lost[0]} is")
+            extra = [sizes[symbol] for symbol in unnamed if symbol in sizes]
+            known[stretch.key] = len(found.pieces), extra
+            found.pieces.append(_piece(reading, calls, slots + extra, crossing))
+        piece, extra = known[stretch.key]
+        used = reading.listing.outputs(stretch.start, stretch.stop - stretch.start)
+        results = tuple(reading.nodes[stretch.start + k] if k in used else None for k in stretch.outputs)
+        found.steps.append(Step(piece, (*slots, *extra), results))
     return _writes_across(found, reading) or found
 
 
@@ -136,6 +137,9 @@ def _writes_across(found: Cut, reading: Reading) -> Refusal | None:
     Autograd refuses a write into what another piece may have saved. And two values that leave the pieces do not share
     memory that was made inside one; memory that came in from outside is shared as ever.
     """
+    writes = {position: targets for position, node in enumerate(reading.nodes) if (targets := written(node))}
+    if not writes:
+        return None
     outside = {memory(node) for node in found.graph.nodes if node.op in ("placeholder", "get_attr")}
     crossing: dict[int | None, set[fx.Node]] = {}
     for step in found.steps:
@@ -143,8 +147,9 @@ def _writes_across(found: Cut, reading: Reading) -> Refusal | None:
             if result is not None:
                 crossing.setdefault(memory(result), set()).add(result)
     home = _homes(found)
-    for position, node in enumerate(reading.nodes):
-        for where in {memory(target) for target in written(node)} - {None}:
+    for position, targets in writes.items():
+        node = reading.nodes[position]
+        for where in {memory(target) for target in targets} - {None}:
             gradients = any(memory(slot) == where and value_of(slot).requires_grad for slot in home[position].operands)
             if gradients and reading.recording:
                 return Refusal("a value that requires gradients is written in place", node.name)
@@ -158,17 +163,30 @@ def _homes(found: Cut) -> list[Step]:
     return [step for step in found.steps for _ in range(found.pieces[step.piece].nodes)]
 
 
-def _stretches(repeats: list[Repeat], reading: Reading) -> Iterator[tuple[int, int, tuple[int, ...]]]:
-    """The graph as (start, stop, offsets of outputs), in order: repeats, and what stands between them."""
-    starting = {start: repeat for repeat in repeats for start in repeat.starts}
-    bounds = [*sorted(starting), len(reading.nodes)]
-    position = 0
-    for start in bounds:
+@dataclass(frozen=True)
+class _Stretch:
+    """Calls from `start` to `stop`: the offsets of what others use, what it says, and what its slots are bound to."""
+
+    start: int
+    stop: int
+    outputs: tuple[int, ...]
+    key: Hashable
+    bound: tuple[Operand, ...]
+
+
+def _stretches(repeats: list[Repeat], reading: Reading) -> Iterator[_Stretch]:
+    """The graph in order: repeats, and what stands between them."""
+    starting = {start: (repeat, k) for repeat in repeats for k, start in enumerate(repeat.starts)}
+    listing, position = reading.listing, 0
+    for start in [*sorted(starting), len(reading.nodes)]:
         if position < start:
-            yield position, start, tuple(sorted(reading.listing.outputs(position, start - position)))
+            outputs = tuple(sorted(listing.outputs(position, start - position)))
+            says, bound = listing.block(position, start - position)
+            yield _Stretch(position, start, outputs, (says, outputs), bound)
         if start in starting:
-            position = start + starting[start].period
-            yield start, position, starting[start].outputs
+            repeat, k = starting[start]
+            position = start + repeat.period
+            yield _Stretch(start, position, repeat.outputs, id(repeat), tuple(slot[k] for slot in repeat.slots))
 
 
 def _piece(reading: Reading, positions: range, slots: list[fx.Node], outputs: list[int]) -> Piece:
