@@ -4,8 +4,12 @@ backend says it did."""
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -144,6 +148,26 @@ def check(
         found = outcome(mine, model, inputs, grad=grad, seed=number)
         agree(found, outcome(eager, other, inputs, grad=grad, seed=number), tolerance)
     return rolled(repeats)
+
+
+def python(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """A Python process that finds this folder and the package."""
+    tests = Path(__file__).parent
+    path = os.pathsep.join([str(tests), str(tests.parent / "src")])
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def said(process: subprocess.Popen[str], code: int = 0) -> str:
+    """What a process said, once it has ended as it should."""
+    text, _ = process.communicate(timeout=600)
+    assert process.returncode == code, text
+    return text
 
 
 def rolled(repeats: int, graphs: int = 1) -> dict[str, Any]:

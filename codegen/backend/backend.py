@@ -13,7 +13,7 @@ import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +24,26 @@ from laconic.codegen.backend.ahead import first_blocks_completed
 from laconic.codegen.backend.cut import Cut, Piece, cut
 from laconic.codegen.backend.driver import Boxed, drive
 from laconic.codegen.backend.inductor import (
+    Attempt,
     GraphRewrite,
+    RestartDynamo,
     boxed,
     cache_hits,
     compile_graph,
     fresh_context,
     has_compiler,
     one_unit,
+    plainly,
     runs_on_cpu,
 )
 from laconic.codegen.backend.options import Options
 from laconic.codegen.backend.out_of_place import autocast_is_on, out_of_place
 from laconic.codegen.backend.rewrite import rewrite
 from laconic.codegen.backend.snapshots import read_through_copies
-from laconic.codegen.backend.stats import GraphRecord, new_record
+from laconic.codegen.backend.stats import GraphRecord, first_time, new_record
 from laconic.ir.dynamo import Refusal, obstacle, parts_beside_their_tuple, read_dynamo
-from laconic.ir.errors import LaconicError, MissingDependencyError, VerificationError
+from laconic.ir.errors import MissingDependencyError, UsageError, VerificationError
+from laconic.ir.logs import configure_from_environment
 from laconic.ir.program import copy_graph
 from laconic.ir.repeats import find_repeats
 
@@ -58,6 +62,7 @@ def laconic(
 ) -> Callable[..., Any]:
     """The backend, as torch.compile calls it. Raises UsageError for options that it does not have; with `strict`,
     VerificationError for whatever would be compiled in another way than asked for."""
+    configure_from_environment()
     return compile_dynamo(graph, example_inputs, Options.of(options, mode))
 
 
@@ -74,13 +79,15 @@ def compile_dynamo(graph: fx.GraphModule, example_inputs: Sequence[Any], options
             driven: Callable[..., Any] | None = guarded(lambda: compile_cut(found, options, record), options, record)
             if driven is not None:
                 return driven
+            record.pieces = record.steps = record.compiled = 0
         elif isinstance(found, Refusal):
             record.refused = found.reason
             log.info("compiled whole: %s", found)
             if options.strict and found.reason not in NOTHING_TO_CUT:
                 raise VerificationError("the graph was not cut", why=str(found), hint="options={'strict': False}")
         with record.timed("whole"):
-            return compile_graph(graph, example_inputs, dict(options.inductor))
+            attempt = partial(guarded, options=options, record=record)
+            return compile_graph(graph, example_inputs, dict(options.inductor), record, attempt)
     finally:
         record.cache_hits = {name: count - hits[name] for name, count in cache_hits().items()}
 
@@ -112,16 +119,19 @@ def plan_cut(module: fx.GraphModule, record: GraphRecord) -> Cut | Refusal:
 
 def compile_cut(found: Cut, options: Options, record: GraphRecord) -> Callable[..., Any]:
     """Compile each piece once; the driver that calls them."""
-    return drive(found, compile_pieces(found, piece_settings(options, record), record))
+    attempt = partial(guarded, options=options, record=record)
+    return drive(found, compile_pieces(found, piece_settings(options, record), record, attempt))
 
 
-def compile_pieces(found: Cut, settings: dict[str, Any], record: GraphRecord) -> list[Boxed]:
+def compile_pieces(
+    found: Cut, settings: dict[str, Any], record: GraphRecord, attempt: Attempt = plainly
+) -> list[Boxed]:
     """Compile each piece once, all their C++ kernels in one unit."""
     record.repeats = [(r.period, r.count, len(r.slots), len(r.outputs)) for r in found.repeats]
     functions: list[Boxed] = []
-    with one_unit(record):
+    with one_unit(record, attempt):
         for piece in found.pieces:
-            functions.append(_compile_piece(piece, settings, record))
+            functions.append(_compile_piece(piece, settings, record, attempt))
     record.pieces, record.steps, record.compiled = len(found.pieces), len(found.steps), found.compiled
     log.info(
         "%d calls in %d steps of %d pieces, %d calls compiled; repeats (calls x times): %s",
@@ -131,9 +141,9 @@ def compile_pieces(found: Cut, settings: dict[str, Any], record: GraphRecord) ->
     return functions
 
 
-def _compile_piece(piece: Piece, settings: dict[str, Any], record: GraphRecord) -> Boxed:
+def _compile_piece(piece: Piece, settings: dict[str, Any], record: GraphRecord, attempt: Attempt) -> Boxed:
     with fresh_context(piece.examples), record.timed("pieces"):
-        function, is_boxed = boxed(compile_graph(piece.graph, piece.examples, settings))
+        function, is_boxed = boxed(compile_graph(piece.graph, piece.examples, settings, record, attempt))
     if not is_boxed:
         record.unboxed += 1
         log.warning("what Inductor returned takes no list: operands of a piece live until it returns")
@@ -158,10 +168,11 @@ def piece_settings(options: Options, record: GraphRecord) -> dict[str, Any]:
 
 
 def guarded(step: Callable[[], Any], options: Options, record: GraphRecord) -> Any:
-    """A step of ours. If it fails that is logged and counted, and None is the answer; with `strict` it is raised."""
+    """A step of ours. If it fails that is logged and counted, and None is the answer; with `strict` it is raised. What
+    the user asked for wrongly is no failure, nor is a message to Dynamo."""
     try:
         return step()
-    except LaconicError:
+    except (UsageError, RestartDynamo):
         raise
     except Exception as problem:
         if options.strict:
@@ -172,13 +183,14 @@ def guarded(step: Callable[[], Any], options: Options, record: GraphRecord) -> A
 
 
 def without_compiler(options: Options, record: GraphRecord) -> None:
-    """Say that there is no C++ compiler. Raises MissingDependencyError with `strict`."""
+    """Say, once, that there is no C++ compiler. Raises MissingDependencyError with `strict`."""
     record.fallback = "there is no C++ compiler"
     if options.strict:
         raise MissingDependencyError("there is no C++ compiler", hint="install g++ or clang++, or set CXX")
-    warnings.warn(
-        "there is no C++ compiler: the model runs uncompiled (install g++ or clang++, or set CXX)", stacklevel=2
-    )
+    if first_time(record.fallback):  # Python's own memory of warnings is wiped whenever torch touches filters
+        warnings.warn(
+            "there is no C++ compiler: the model runs uncompiled (install g++ or clang++, or set CXX)", stacklevel=2
+        )
 
 
 @cache

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.convert_frame import compile_lock
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.utils import counters
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
@@ -28,6 +29,12 @@ from laconic.ir.torch_private import FakeTensorMode
 __all__ = ["compile_lock"]
 from laconic.ir.torch_private import storage_key
 
+#: Takes a step of ours, and decides what becomes of an error.
+Attempt = Callable[[Callable[[], Any]], Any]
+
+#: What tells Dynamo to begin anew, from wherever it is raised.
+RestartDynamo: type[Exception] = TensorifyScalarRestartAnalysis
+
 _copy_ = torch.ops.aten.copy_.default
 _POINTER_OF = "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"
 
@@ -37,10 +44,30 @@ def inductor(graph: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., An
     return compile_fx(graph, list(examples))  # type: ignore[return-value]
 
 
-def compile_graph(graph: fx.GraphModule, examples: Sequence[Any], options: dict[str, Any]) -> Callable[..., Any]:
-    """Compile a graph as Inductor's own backend does, but for its holes. Takes ownership of the graph."""
+def plainly(step: Callable[[], Any]) -> Any:
+    """Take a step that nothing is done about if it fails."""
+    return step()
+
+
+def compile_graph(
+    graph: fx.GraphModule,
+    examples: Sequence[Any],
+    options: dict[str, Any],
+    record: GraphRecord | None = None,
+    attempt: Attempt = plainly,
+) -> Callable[..., Any]:
+    """Compile a graph as Inductor's own backend does, but for its holes. Takes ownership of the graph. Steps of ours,
+    now or when a backward is compiled at its first call, are taken by `attempt`, which may answer None for one that
+    failed."""
+
+    def inner(graph: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("is_backward", False):
+            _take_back_donated(graph)
+        with one_unit(record, attempt):  # a backward's kernels make a unit too
+            return compile_fx_inner(graph, *args, **kwargs)
+
     patches = options | ({"allow_buffer_reuse": False} if _has_regions(graph) else {})
-    return compile_fx(graph, list(examples), inner_compile=_compile_inner, config_patches=patches or None)  # type: ignore
+    return compile_fx(graph, list(examples), inner_compile=inner, config_patches=patches or None)  # type: ignore
 
 
 def has_compiler() -> bool:
@@ -97,8 +124,15 @@ def fresh_context(examples: Sequence[Any]) -> Iterator[None]:
     inner = TracingContext(mode)
     if outer is not None:
         inner.guards_context, inner.global_context = outer.guards_context, outer.global_context
-    with tracing(inner):
-        yield
+    counted = counters["aot_autograd"]["total"]
+    try:
+        with tracing(inner):
+            yield
+    finally:
+        if getattr(outer, "fakify_first_call", False):
+            # DDP's optimizer asks by this counter whether a part of its graph is one graph of AOTAutograd, which could
+            # then compute with fake tensors. A driver of several is none.
+            counters["aot_autograd"]["total"] = counted
 
 
 @contextmanager
@@ -144,13 +178,14 @@ def _take_back_donated(graph: fx.GraphModule) -> None:
     """AOTAutograd lets a backward use the memory of what the forward saved for it. What is also written back into an
     input Inductor may have written there to begin with: then the backward would overwrite a buffer of the user's."""
     context = TracingContext.try_get()
-    facts = context.fw_metadata if context is not None else None
-    donated = facts.bw_donated_idxs if facts is not None else None
+    facts: Any = context.fw_metadata if context is not None else None
+    donated: list[int] | None = getattr(facts, "bw_donated_idxs", None)
     if not donated:
         return
-    written = [node.args[1].meta["val"] for node in graph.graph.find_nodes(op="call_function", target=_copy_)]
-    memory = {storage_key(value) for value in written}
-    saved = graph.graph.output_node().args[0][facts.tensors_saved_for_backwards_slice]
+    calls: Any = graph.graph.find_nodes(op="call_function", target=_copy_)
+    memory = {storage_key(node.args[1].meta["val"]) for node in calls}
+    returned: Any = graph.graph.output_node().args[0]
+    saved = returned[facts.tensors_saved_for_backwards_slice]
     for number, node in enumerate(saved, start=facts.num_symints_saved_for_bw):
         if number in donated and storage_key(node.meta["val"]) in memory:
             donated.remove(number)
@@ -168,8 +203,9 @@ _collecting = threading.local()
 
 
 @contextmanager
-def one_unit(record: GraphRecord | None = None) -> Iterator[None]:
-    """Collect the C++ kernels of all that is compiled inside and compile them together at the end."""
+def one_unit(record: GraphRecord | None = None, attempt: Attempt = plainly) -> Iterator[None]:
+    """Collect the C++ kernels of all that is compiled inside and compile them together at the end; one by one, as
+    Inductor does, if that fails."""
     if getattr(_collecting, "kernels", None) is not None:
         yield  # part of a larger unit
         return
@@ -181,24 +217,25 @@ def one_unit(record: GraphRecord | None = None) -> Iterator[None]:
         _collecting.kernels = None
     waiting = list(kernels.values())
     for start in range(0, len(waiting), LARGEST):
-        _compile_unit(waiting[start : start + LARGEST])
+        part = waiting[start : start + LARGEST]
+        if not attempt(lambda part=part: _compile_unit(part)):  # type: ignore[misc]
+            _compile_apart(part)
     if record is not None:
         record.kernels += len(waiting)
         record.units += -(-len(waiting) // LARGEST)
 
 
-def _compile_unit(kernels: list[Kernel]) -> None:
+def _compile_unit(kernels: list[Kernel]) -> bool:
     unit = _Unit.load(write_unit(kernels, _Unit.entry_function, _POINTER_OF))
-    for number, kernel in enumerate(kernels):
-        kernel.give(getattr(unit, f"kernel_{number}"))
+    functions = [getattr(unit, f"kernel_{number}") for number in range(len(kernels))]
+    for kernel, function in zip(kernels, functions, strict=True):
+        kernel.give(function)
+    return True
 
 
-def _compile_inner(graph: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
-    """A backward is compiled when it is first called, behind our back: its kernels make a unit too."""
-    if not kwargs.get("is_backward", False):
-        _take_back_donated(graph)
-    with one_unit():
-        return compile_fx_inner(graph, *args, **kwargs)
+def _compile_apart(kernels: list[Kernel]) -> None:
+    for kernel in kernels:
+        kernel.give(CppPythonBindingsCodeCache.load_pybinding(list(kernel.arguments), kernel.source))
 
 
 _cpp_pybinding, _wait = AsyncCompile.cpp_pybinding, AsyncCompile.wait

@@ -46,6 +46,7 @@ class GraphRecord:
 
 
 _records: list[GraphRecord] = []
+_said: set[str] = set()
 
 
 def new_record() -> GraphRecord:
@@ -74,9 +75,17 @@ def stats() -> dict[str, Any]:
     }
 
 
+def first_time(what: str) -> bool:
+    """Whether something happens for the first time."""
+    known = what in _said
+    _said.add(what)
+    return not known
+
+
 def reset_stats() -> None:
-    """Forget what was done so far."""
+    """Forget what was done and said so far."""
     _records.clear()
+    _said.clear()
 
 
 def _count(reasons: Iterator[str]) -> dict[str, int]:
