@@ -3,7 +3,8 @@
 Nothing is evaluated: ops are looked up by name among what torch has registered, sizes go through a small expression
 parser. Every op is held to what may stand in a program before its type is recomputed with fake tensors and compared
 with the declared one, so damage is reported at its line and column. What has no place in the text, such as a size
-decided by its example, is the verifier's to find: `laconic.ir.store.read_program` calls it.
+decided by its example, is the verifier's to find: `laconic.ir.store.read_program` calls it. Text that is known to be
+what was written and verified may be believed what it declares, which takes a fraction of the time.
 """
 
 from __future__ import annotations
@@ -33,19 +34,19 @@ MAX_SITES = 1_000_000
 Lookup = Callable[[str, TensorType], torch.Tensor]
 
 
-def parse_program(text: str, lookup: Lookup, source: str = "<text>") -> Program:
+def parse_program(text: str, lookup: Lookup, source: str = "<text>", *, recompute: bool = True) -> Program:
     """The program that `text` says, with the tensors that `lookup` gives.
 
-    Raises ParseError with line and column, and whatever `lookup` raises but KeyError. `source` names the text in
-    errors.
+    Without `recompute` calls are believed the tensor types that the text declares. Raises ParseError with line and
+    column, and whatever `lookup` raises but KeyError. `source` names the text in errors.
     """
-    return _Parser(text, lookup, source).program()
+    return _Parser(text, lookup, source, recompute).program()
 
 
 class _Parser:
-    def __init__(self, text: str, lookup: Lookup, source: str) -> None:
+    def __init__(self, text: str, lookup: Lookup, source: str, recompute: bool) -> None:
         self.at = Cursor(text, source)
-        self.lookup = lookup
+        self.lookup, self.recompute = lookup, recompute
         self.result = Program({}, {})
         self.types = TypeParser(self.at)
 
@@ -207,7 +208,7 @@ class _Parser:
             at.fail(f"entry {name!r} is declared twice", token)
         at.expect("{")
         at.end_line()
-        self.result.entries[name] = EntryParser(at, self.types, self.result, name).entry()
+        self.result.entries[name] = EntryParser(at, self.types, self.result, self.recompute, name).entry()
 
     def function(self) -> None:
         at = self.at
@@ -218,7 +219,7 @@ class _Parser:
             at.fail(f"function {name!r} is declared twice", token)
         at.expect("{")
         at.end_line()
-        self.result.functions[name] = FunctionParser(at, self.types, self.result).function(name)
+        self.result.functions[name] = FunctionParser(at, self.types, self.result, self.recompute).function(name)
 
 
 def _depth(value: Any) -> int:

@@ -14,9 +14,9 @@ from laconic.ir.parse_types import MAX_SIZE, TypeParser, illegal
 from laconic.ir.program import Program
 from laconic.ir.propagate import recompute
 from laconic.ir.text import LAYOUTS, MEMORY_FORMATS
-from laconic.ir.torch_private import is_symbolic
+from laconic.ir.torch_private import is_symbolic, sym_int
 from laconic.ir.traits import find_op
-from laconic.ir.types import DTYPES, NumberType, ValueType, same_type, type_of, type_text
+from laconic.ir.types import DTYPES, NumberType, TensorType, ValueType, same_type, type_of, type_text
 
 _WORDS: dict[str, Any] = {
     "None": None,
@@ -40,10 +40,11 @@ class Binder:
 
 
 class BodyParser:
-    """Reads calls into a graph; `values` are what is defined so far, `rows` the weights that may be named."""
+    """Reads calls into a graph; `values` are what is defined so far, `rows` the weights that may be named. Without
+    `recompute` a call is believed the tensor type that it declares."""
 
-    def __init__(self, at: Cursor, types: TypeParser, program: Program) -> None:
-        self.at, self.types, self.program = at, types, program
+    def __init__(self, at: Cursor, types: TypeParser, program: Program, recompute: bool) -> None:
+        self.at, self.types, self.program, self.recompute = at, types, program, recompute
         self.graph = fx.Graph()
         self.values: dict[str, fx.Node] = {}
         self.rows: dict[str, fx.Node] = {}
@@ -98,6 +99,9 @@ class BodyParser:
     def compute(self, node: fx.Node, binder: Binder, op_token: Token) -> None:
         """The value of a call, whose type must be the declared one."""
         at, label = self.at, binder.label
+        if not self.recompute and isinstance(binder.type, TensorType):
+            node.meta["val"] = self.fake(binder)
+            return
         try:
             node.meta["val"] = recompute(self.program, node)
             found = type_of(node.meta["val"])
@@ -108,6 +112,18 @@ class BodyParser:
         if isinstance(found, NumberType) and _example(node.meta["val"]) >= MAX_SIZE:
             at.fail(f"%{label} is a whole number of 2**62 or more", binder.token)
         self.hold(binder, found)
+
+    def fake(self, binder: Binder) -> Any:
+        """A fake tensor or number of a name's declared type."""
+        kind = binder.type
+        try:
+            if isinstance(kind, TensorType):
+                return self.program.fake(kind)
+            if isinstance(kind, NumberType) and kind.kind == "int":
+                return sym_int(self.program.mode, kind.value)
+        except (RuntimeError, ValueError, OverflowError, TypeError) as problem:  # torch's own checks of sizes
+            self.at.fail(f"no value has this type: {first_line(problem)}", binder.token)
+        self.at.fail("a slot is a tensor or a whole number", binder.token)
 
     def hold(self, binder: Binder, found: ValueType | None) -> None:
         """A name's declared type must be what it computes."""

@@ -13,9 +13,8 @@ from laconic.ir.parse_body import Binder, BodyParser, first_line
 from laconic.ir.parse_types import TypeParser
 from laconic.ir.program import Entry, Function, Input, Kind, Output, Program, Role
 from laconic.ir.rewrite import fake_weight, placeholder_name
-from laconic.ir.torch_private import sym_int
 from laconic.ir.tree import CONSTANTS, Leaf, Tree, leaves
-from laconic.ir.types import NumberType, TensorType, TupleType, same_type, type_of, type_text
+from laconic.ir.types import TensorType, TupleType, same_type, type_of, type_text
 
 
 class FunctionParser(BodyParser):
@@ -48,17 +47,8 @@ class FunctionParser(BodyParser):
     def slot(self) -> None:
         """A placeholder of the declared type."""
         binder = self.binder()
-        kind = binder.type
         node = self.graph.create_node("placeholder", binder.label, name=binder.label)
-        try:
-            if isinstance(kind, TensorType):
-                node.meta["val"] = self.program.fake(kind)
-            elif isinstance(kind, NumberType) and kind.kind == "int":
-                node.meta["val"] = sym_int(self.program.mode, kind.value)
-            else:
-                self.at.fail("a slot is a tensor or a whole number", binder.token)
-        except (RuntimeError, ValueError, OverflowError, TypeError) as problem:  # torch's own checks of sizes
-            self.at.fail(f"no value has this type: {first_line(problem)}", binder.token)
+        node.meta["val"] = self.fake(binder)
         self.define(node, binder.label, binder.token)
 
 
@@ -69,8 +59,8 @@ def _crosses(node: fx.Node) -> bool:
 class EntryParser(BodyParser):
     """Reads the body of one entry into a graph over the program's rows."""
 
-    def __init__(self, at: Cursor, types: TypeParser, program: Program, name: str) -> None:
-        super().__init__(at, types, program)
+    def __init__(self, at: Cursor, types: TypeParser, program: Program, recompute: bool, name: str) -> None:
+        super().__init__(at, types, program, recompute)
         self.name = name
         self.inlined = fx.Graph()  # the names of all nodes, those that calls stand for included
         for weight in self.program.weights.values():

@@ -10,9 +10,9 @@ import sympy
 import torch
 from torch import fx, nn
 
-from laconic.ir.alias import root
 from laconic.ir.errors import UsageError
 from laconic.ir.program import Entry, Kind, Program, Role, Weight, copy_graph
+from laconic.ir.torch_private import storage_key
 from laconic.ir.tree import Leaf, fill, leaves, match
 from laconic.ir.types import TensorType, type_of, type_text
 
@@ -89,9 +89,8 @@ class Runnable(nn.Module):
 
     def __init__(self, program: Program, entry: str = "forward") -> None:
         super().__init__()
-        self.program = program
+        self._program = program
         self._entry = program.entries[entry]
-        self._executable = Executable(self._entry)
         kinds = [type_of(n.meta["val"]) for n in self._entry.input_nodes()]
         self._types = [kind for kind in kinds if isinstance(kind, TensorType)]  # the parser and capture take no others
         self._rows: dict[str, tuple[nn.Module, str]] = {}
@@ -101,8 +100,13 @@ class Runnable(nn.Module):
             self._rows[name] = self._register(name, value, weight.kind is Kind.PARAMETER, weight.trainable)
         self._alias_names()
         self._written = [k for k, o in enumerate(self._entry.outputs) if o.role is not Role.RESULT]
-        self._shared = {k: root(self._entry.output_values[k]).op == "placeholder" for k in self._written}
+        self._executable: Executable | None = None
         self.eval()
+
+    @property
+    def program(self) -> Program:
+        """What is run, with the model's parameters and buffers, but for states, as its rows."""
+        return self._program
 
     def _holder(self, name: str) -> tuple[nn.Module, str]:
         """The submodule for a dotted name, made if need be, and the last part of the name."""
@@ -129,7 +133,7 @@ class Runnable(nn.Module):
 
     def _alias_names(self) -> None:
         """Names tied to a whole row stay visible in the state dict."""
-        for name, alias in self.program.aliases.items():
+        for name, alias in self._program.aliases.items():
             if alias.target is not None and alias.whole:
                 source, last = self._rows[alias.target]
                 holder, own = self._holder(name)
@@ -142,14 +146,22 @@ class Runnable(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The results as a plain tree; arguments by position or name, constants may be left out."""
         inputs = flatten_arguments(self._entry, args, kwargs)
-        bound = check_inputs(self.program, self._entry, inputs, self._types)
+        bound = check_inputs(self._program, self._entry, inputs, self._types)
         inputs = [self._laid_out(k, value, bound) for k, value in enumerate(inputs)]
         rows = {name: getattr(module, last) for name, (module, last) in self._rows.items()}
-        outputs = list(self._executable(rows, inputs))
+        outputs = list(self._compute(rows, inputs, bound))
         if self._written:
             self._write(outputs, rows, inputs)
         results = [v for v, o in zip(outputs, self._entry.outputs, strict=True) if o.role is Role.RESULT]
         return fill(self._entry.results, results)
+
+    def _compute(
+        self, rows: dict[str, torch.Tensor], inputs: list[torch.Tensor], sizes: dict[sympy.Symbol, int]
+    ) -> tuple[Any, ...]:
+        """The outputs of the entry at these sizes. Nothing is written."""
+        if self._executable is None:
+            self._executable = Executable(self.program.entries[self._entry.name])
+        return self._executable(rows, inputs)
 
     def _laid_out(self, k: int, value: torch.Tensor, bound: dict[sympy.Symbol, int]) -> torch.Tensor:
         """An input with the strides that it was captured with, which the program may rely on: itself or a copy.
@@ -175,11 +187,15 @@ class Runnable(nn.Module):
         declared = self._entry.outputs
         position = {i.name: k for k, i in enumerate(self._entry.inputs)}
         results = {o.name: k for k, o in enumerate(declared) if o.role is Role.RESULT}
+        homes = {
+            k: rows[declared[k].name] if declared[k].role is Role.UPDATE else inputs[position[declared[k].name]]
+            for k in self._written
+        }
         # A value that is another state, or a view of it, must not change while that one is written.
-        values = {k: outputs[k].clone() if self._shared[k] else outputs[k] for k in self._written}
+        held = {storage_key(home) for home in homes.values()}
+        values = {k: outputs[k].clone() if storage_key(outputs[k]) in held else outputs[k] for k in homes}
         for k, value in values.items():
-            output = declared[k]
-            home = rows[output.name] if output.role is Role.UPDATE else inputs[position[output.name]]
+            output, home = declared[k], homes[k]
             home.copy_(value)
             for name in output.seen:
                 outputs[results[name]] = home

@@ -84,6 +84,14 @@ def read_program(folder: Path) -> Program:
     return _read(folder, lambda stored: stored.lookup)
 
 
+def read_outlined(folder: Path) -> tuple[Program, str]:
+    """The program in a folder with its functions, not verified, and its text. For what is known to be as it was
+    written: calls are believed the types that they declare. Raises ModelError and ParseError as `read_program`."""
+    text = _text(folder)
+    with TensorFile(folder / WEIGHTS) as opened:
+        return parse_program(text, _Reader(opened).lookup, str(folder / PROGRAM), recompute=False), text
+
+
 def read_back(folder: Path, program: Program) -> Program:
     """The program in a folder that `program` was written to, verified, around the rows of `program` itself: each was
     compared with the file's, which is read as `read_program` reads it, a row at a time.
@@ -103,15 +111,19 @@ def read_back(folder: Path, program: Program) -> Program:
 
 
 def _read(folder: Path, lookup: Callable[[_Reader], Lookup]) -> Program:
-    path = folder / PROGRAM
-    try:
-        text = read_text(path)
-    except (OSError, UnicodeDecodeError) as problem:
-        raise ModelError(f"{PROGRAM} cannot be read", where=str(path), why=str(problem)) from problem
+    text = _text(folder)
     with TensorFile(folder / WEIGHTS) as opened:
-        program = parse_program(text, lookup(_Reader(opened)), str(path))
+        program = parse_program(text, lookup(_Reader(opened)), str(folder / PROGRAM))
     verify(program)
     return inline(program)
+
+
+def _text(folder: Path) -> str:
+    path = folder / PROGRAM
+    try:
+        return read_text(path)
+    except (OSError, UnicodeDecodeError) as problem:
+        raise ModelError(f"{PROGRAM} cannot be read", where=str(path), why=str(problem)) from problem
 
 
 def _pack(rows: list[Weight]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

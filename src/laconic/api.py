@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -111,11 +111,30 @@ def optimize(
     return Result(run.program, run.ledger, run.plans, run.contents)
 
 
-def load(path: str | Path, *, allow_unverified: bool = False) -> Runnable:
-    """The model of a saved DIR as a callable; its `program` is the Program. Nothing is unpickled.
+def load(
+    path: str | Path,
+    *,
+    allow_unverified: bool = False,
+    compile: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> Runnable:
+    """The model of a saved DIR as a callable; its `program` is the Program. Nothing of the DIR is unpickled.
 
-    Raises ModelError if a file is missing or damaged, VerificationError if the DIR is marked unverified.
+    It computes in eager, to the bits of the optimised model; with `compile`, by Inductor's kernels, which round
+    otherwise: each distinct block is compiled once, or found in Inductor's cache on disk. `options` are then
+    `{"strict": True}`, by which a failure is raised that otherwise is logged and computed in eager, and
+    `{"inductor": {...}}`, settings of Inductor.
+
+    Raises ModelError if a file is missing or damaged, VerificationError if the DIR is marked unverified, UsageError for
+    options that there are not.
     """
+    if compile:
+        from laconic.codegen.backend.programs import CompiledModel, load_options
+
+        chosen = load_options(options)
+        return CompiledModel(*artefact.load_outlined(path, allow_unverified=allow_unverified), chosen)
+    if options is not None:
+        raise UsageError("options say how to compile", hint="load(path, compile=True, options={...})")
     return Runnable(artefact.load_program(path, allow_unverified=allow_unverified))
 
 

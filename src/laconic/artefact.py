@@ -26,8 +26,11 @@ from laconic.ir.errors import LaconicError, ModelError, UsageError, Verification
 from laconic.ir.files import place_directory, read_text, refuse_existing, temporary_beside
 from laconic.ir.inputs import cases
 from laconic.ir.outcomes import SEED, Outcomes
+from laconic.ir.outline import inline
+from laconic.ir.parse import parse_program
 from laconic.ir.program import Program
-from laconic.ir.store import PROGRAM, WEIGHTS, read_back, read_program, write_program
+from laconic.ir.store import PROGRAM, WEIGHTS, read_back, read_outlined, read_program, write_program
+from laconic.ir.verify import verify
 from laconic.passes.base import Contract, Plan
 from laconic.passes.contracts import check
 from laconic.passes.ledger import Ledger
@@ -93,6 +96,24 @@ def save(
 def load_program(path: str | Path, *, allow_unverified: bool = False) -> Program:
     """The program of a saved DIR. Raises ModelError if a file is missing or not the one that was written,
     VerificationError if the DIR is marked unverified and `allow_unverified` is not given."""
+    return read_program(_held_to_recipe(path, allow_unverified))
+
+
+def load_outlined(path: str | Path, *, allow_unverified: bool = False) -> tuple[Program, Callable[[], Program]]:
+    """The program of a saved DIR with its functions, read as `read_outlined` does; and what reads it as `load_program`
+    does, around the same rows, even if the DIR is gone by then. Raises what `load_program` raises."""
+    program, text = read_outlined(_held_to_recipe(path, allow_unverified))
+
+    def whole() -> Program:
+        found = parse_program(text, lambda name, kind: program.weights[name].value, str(path))
+        verify(found)
+        return inline(found)
+
+    return program, whole
+
+
+def _held_to_recipe(path: str | Path, allow_unverified: bool) -> Path:
+    """A DIR whose files are those that its recipe lists. Raises what `load_program` raises."""
     folder = Path(path)
     recipe = read_recipe(folder)
     for name, state in states(folder, recipe["hashes"]).items():
@@ -111,7 +132,7 @@ def load_program(path: str | Path, *, allow_unverified: bool = False) -> Program
             why="it was written with checks switched off",
             hint="optimize again with checks, or load with allow_unverified=True",
         )
-    return read_program(folder)
+    return folder
 
 
 def states(folder: Path, hashes: Mapping[str, str]) -> dict[str, str]:
