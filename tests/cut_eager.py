@@ -41,15 +41,36 @@ class EagerPieces:
 
 
 def emptying(piece: Piece) -> Boxed:
-    """A piece as a compiled one is called: it takes its operands as a list and empties it."""
+    """A piece as a compiled one is called: it takes its operands as a list and empties it. Checks that it is given what
+    it would have been compiled for."""
+    expected = described(piece.examples)
 
     def call(operands: list[Any]) -> Sequence[Any]:
         values = tuple(operands)
         operands.clear()
+        assert described(values, like=piece.examples) == expected, f"a piece is called with something else:\n{piece}"
         results: Sequence[Any] = piece.graph(*values)
         return results
 
     return call
+
+
+def described(values: Sequence[Any], like: Sequence[Any] | None = None) -> list[Any]:
+    """What compiling a piece depends on in its operands: their types, and which of them share memory. Sizes that are
+    symbolic in `like` are left out."""
+    said: list[Any] = []
+    storages = [v.untyped_storage()._cdata if isinstance(v, torch.Tensor) else None for v in values]
+    for value, storage, example in zip(values, storages, like or values, strict=True):
+        if not isinstance(value, torch.Tensor):
+            said.append("number")
+            continue
+        sizes = zip((*value.shape, *value.stride()), (*example.shape, *example.stride()), strict=True)
+        fixed = tuple(size if type(shown) is int else "?" for size, shown in sizes)
+        grad = torch.is_grad_enabled() and value.requires_grad
+        shared = storages.index(storage)
+        offset = value.storage_offset() - values[shared].storage_offset()
+        said.append((value.dtype, fixed, grad, shared, offset if type(offset) is int else "?"))
+    return said
 
 
 def calls_of_steps(found: Cut) -> list[list[fx.Node]]:

@@ -171,7 +171,7 @@ def random_blocks(seed: int) -> RandomBlocks:
     writer = _Writer(seed)
     dice = writer.dice
     period = 2 if writer.some(0.15, "period of two") else 1
-    count = dice.choice([4, 5, 6, 6]) if period == 1 else 2 * dice.randint(3, 4)
+    count = dice.choice([5, 5, 6]) if period == 1 else 2 * dice.randint(3, 4)
     odd = dice.randrange(count)
     once = period == 1 and writer.some(0.1, "one module many times")
     bodies = [writer.block() for _ in range(period)]
@@ -276,7 +276,7 @@ def _model(writer: _Writer, count: int, period: int, odd: int, once: bool) -> tu
     lines.append("        x = F.linear(x, self.first)")
     lines.append("        parts, hs, made = big.unbind(0), [x], []")
     distance = writer.dice.randint(1, 3)
-    swapped = writer.dice.randrange(count) if writer.some(0.2, "swapped slots") else -1
+    swapped = writer.dice.randrange(count) if writer.some(0.12, "swapped slots") else -1
     scopes, calls = writer.scopes(count), []
     for k in range(count):
         inside = k in scopes
