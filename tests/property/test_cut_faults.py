@@ -36,6 +36,9 @@ def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
         yield
 
 
+Body = Callable[["Blocks", int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
 class Blocks(nn.Module):
     """A block called five times on two carried values; `w` and `v` are weights of each, `m` a buffer of all."""
 
