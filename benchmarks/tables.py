@@ -1,4 +1,5 @@
-"""Write the tables of README.md, between `<!-- table:NAME -->` and `<!-- /table -->`, from the committed results."""
+"""Write the tables of README.md and docs, between `<!-- table:NAME -->` and `<!-- /table -->`, from the committed
+results."""
 
 from __future__ import annotations
 
@@ -79,21 +80,94 @@ def costs() -> str:
     )
 
 
+WAYS = {
+    "compiled": 'backend="laconic"',
+    "compiled-without-passes": "the same without our passes",
+    "inductor": "Inductor",
+    "inductor-deduplicated": "Inductor, `use_graph_deduplication`",
+    "nested-region": "Inductor, `nested_compile_region` by hand",
+    "regional": "`layer.compile()` by hand",
+}
+
+
+def compile_time() -> str:
+    data = result("compile_time")
+    inference, training = data["inference"], data["training"]
+    depths = list(inference)
+    step = next(iter(training))
+    heads = [f"{depth} layers" for depth in depths]
+    lines = [
+        f"| CPU seconds to the first result (over Inductor's) | {' | '.join(heads)} | training step, {step} layers "
+        "| gradients |",
+        "|---|" + "---|" * (len(depths) + 2),
+    ]
+    for way, label in WAYS.items():
+        cells = [_seconds(inference[depth][way]) for depth in depths]
+        row = training[step][way]
+        right = "right" if row["gradients_right"] else f"**wrong**, {row['gradient_error']:.2g} x"
+        lines.append(f"| {label} | {' | '.join(cells)} | {_seconds(row)} | {right} |")
+    where = f"{data['machine']['cpu']}, one thread, torch {data['machine']['torch']}"
+    note = (
+        "A Llama-shaped model of width 256, in a process of its own with empty caches; median of "
+        f"{len(inference[depths[0]]['inductor']['each'])}. Gradients: the largest error of a parameter's, relative to "
+        f"its largest value. {where}."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def _seconds(row: dict[str, Any]) -> str:
+    return f"{row['cpu_seconds']:.1f} ({row['ratio']:.2f})"
+
+
+def compile_latency() -> str:
+    data = result("compile_latency")
+    lines = [
+        "| time of a call over Inductor's (quartiles) | with our passes | without | pieces, calls of them |",
+        "|---|---|---|---|",
+    ]
+    rows = {**data["models"], "training step, 24 layers of Llama": data["training_step"]}
+    for name, row in rows.items():
+        cells = [
+            f"{row['ratio'][way][1]:.3f} ({row['ratio'][way][0]:.3f}–{row['ratio'][way][2]:.3f})"
+            for way in ("compiled", "compiled-without-passes")
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} | {row['pieces']}, {row['steps']} |")
+    mean, peaks = data["geometric_mean"], data["peak_bytes"]
+    lines.append(
+        f"| **geometric mean of the models** | {mean['compiled']:.3f} | {mean['compiled-without-passes']:.3f} | |"
+    )
+    memory = ", ".join(
+        f"{mode} {peaks[mode]['compiled'] / peaks[mode]['inductor']:.2f}" for mode in ("inference", "training")
+    )
+    note = (
+        f"Medians of pairs of calls in one process, {data['pairs']} of each model. Peak memory of a call over "
+        f"Inductor's: {memory}. "
+        f"{data['machine']['cpu']}, one thread, torch {data['machine']['torch']}."
+    )
+    return "\n".join([*lines, "", note])
+
+
 def result(name: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
     return found
 
 
-TABLES = {"first_light": first_light, "onnx_nodes": onnx_nodes, "costs": costs}
+TABLES = {
+    "first_light": first_light,
+    "onnx_nodes": onnx_nodes,
+    "costs": costs,
+    "compile_time": compile_time,
+    "compile_latency": compile_latency,
+}
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    for name, table in TABLES.items():
-        pattern = rf"(<!-- table:{name} -->\n).*?(<!-- /table -->)"
-        text = re.sub(pattern, lambda m, table=table: f"{m[1]}{table()}\n{m[2]}", text, flags=re.DOTALL)
-    readme.write_text(text)
+    for page in (ROOT / "README.md", ROOT / "docs/torch-compile.md"):
+        text = page.read_text()
+        for name, table in TABLES.items():
+            pattern = rf"(<!-- table:{name} -->\n).*?(<!-- /table -->)"
+            text = re.sub(pattern, lambda m, table=table: f"{m[1]}{table()}\n{m[2]}", text, flags=re.DOTALL)
+        page.write_text(text)
 
 
 if __name__ == "__main__":
