@@ -11,6 +11,7 @@ import copy
 import random
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -300,14 +301,18 @@ def _model(writer: _Writer, count: int, period: int, odd: int, once: bool) -> tu
 
 
 def observed(program: RandomBlocks, odd: bool, compiled: Callable[[nn.Module], Callable[..., Any]]) -> Any:
-    """All that a caller sees of a model, in bits: results, gradients, buffers, inputs, how far the RNG went."""
+    """All that a caller sees of a model, in bits: results, gradients, buffers, inputs, how far the RNG went.
+
+    Autocast does not keep the weights that it has cast, as where AOTAutograd compiles: gradients of a weight that is
+    used twice would be added up in another type.
+    """
     model = program.model(odd)
     run = compiled(model)
     seen = []
     for batch in (3, 5) if program.dynamic else (3,):
         inputs = [copy.deepcopy(value) for value in program.inputs(batch)]
         torch.manual_seed(program.seed)
-        with torch.set_grad_enabled(program.training):
+        with torch.set_grad_enabled(program.training), _autocast_cache_disabled():
             results = run(*inputs)
         drawn = torch.get_rng_state()
         wanted = [r for r in tensors_in(results) if r.requires_grad]
@@ -318,6 +323,16 @@ def observed(program: RandomBlocks, odd: bool, compiled: Callable[[nn.Module], C
         flags = [r.requires_grad for r in tensors_in(results)]
         seen.append(exact((results, flags, grads, dict(model.named_buffers()), inputs, drawn)))
     return seen
+
+
+@contextmanager
+def _autocast_cache_disabled() -> Iterator[None]:
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def exact(value: Any) -> Any:
