@@ -49,7 +49,7 @@ def written(node: fx.Node) -> list[fx.Node]:
         writes = node.target.__name__.endswith("_mutation") or any(map(_writes_inside, _bodies(node)))
         return list(node.all_input_nodes) if writes else []
     if isinstance(node.target, (OpOverload, OpOverloadPacket)):
-        return [operand for operand in _by_schema(node) if isinstance(operand, fx.Node)]
+        return list(dict.fromkeys(operand for operand in _by_schema(node) if isinstance(operand, fx.Node)))
     name, found = _name(node), [node.kwargs.get("out")]
     if name.strip("_") in _IN_PLACE.split() or (name.endswith("_") and not name.endswith("__")) or is_inplace(node):
         found.append(node.args[0] if node.args else node.kwargs.get("input"))
