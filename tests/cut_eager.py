@@ -56,20 +56,22 @@ def emptying(piece: Piece) -> Boxed:
 
 
 def described(values: Sequence[Any], like: Sequence[Any] | None = None) -> list[Any]:
-    """What compiling a piece depends on in its operands: their types, and which of them share memory. Sizes that are
+    """What compiling a piece depends on in its operands: their types, and which of them share memory. Numbers that are
     symbolic in `like` are left out."""
     said: list[Any] = []
+    examples = like or values
     storages = [v.untyped_storage()._cdata if isinstance(v, torch.Tensor) else None for v in values]
-    for value, storage, example in zip(values, storages, like or values, strict=True):
+    for value, storage, example in zip(values, storages, examples, strict=True):
         if not isinstance(value, torch.Tensor):
             said.append("number")
             continue
-        sizes = zip((*value.shape, *value.stride()), (*example.shape, *example.stride()), strict=True)
-        fixed = tuple(size if type(shown) is int else "?" for size, shown in sizes)
-        grad = torch.is_grad_enabled() and value.requires_grad
-        shared = storages.index(storage)
-        offset = value.storage_offset() - values[shared].storage_offset()
-        said.append((value.dtype, fixed, grad, shared, offset if type(offset) is int else "?"))
+        first = storages.index(storage)
+        numbers = [
+            (*tensor.shape, *tensor.stride(), tensor.storage_offset() - start.storage_offset())
+            for tensor, start in ((value, values[first]), (example, examples[first]))
+        ]
+        fixed = tuple(number if type(shown) is int else "?" for number, shown in zip(*numbers, strict=True))
+        said.append((value.dtype, fixed, torch.is_grad_enabled() and value.requires_grad, first))
     return said
 
 
