@@ -150,6 +150,12 @@ def ops_called(mode: FakeTensorMode, function: Callable[..., Any], args: Any, kw
     return called.ops
 
 
+def size_range(size: Any) -> tuple[int, int | None]:
+    """The inclusive range that a size is known to be in; None if there is no upper end."""
+    found = size.node.shape_env.var_to_range[size.node.expr]
+    return int(found.lower), None if found.upper in (int_oo, sympy.oo) else int(found.upper)
+
+
 @contextmanager
 def dead_draws_kept() -> Iterator[None]:
     """While export decomposes: keep random draws that nobody uses, since later draws see the RNG state they leave."""

@@ -13,6 +13,7 @@ import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from laconic.codegen.backend.inductor import (
     plainly,
     runs_on_cpu,
 )
-from laconic.codegen.backend.options import Options
+from laconic.codegen.backend.options import DEFAULT_PIPELINE, Options
 from laconic.codegen.backend.out_of_place import autocast_is_on, out_of_place
 from laconic.codegen.backend.rewrite import rewrite
 from laconic.codegen.backend.snapshots import read_through_copies
@@ -74,6 +75,13 @@ def compile_dynamo(graph: fx.GraphModule, example_inputs: Sequence[Any], options
         if runs_on_cpu(example_inputs) and not has_compiler():
             without_compiler(options, record)
             return graph.forward
+        if options.freeze:
+            from laconic.codegen.backend.freeze import compile_frozen
+
+            frozen = compile_frozen(graph, example_inputs, options, record)
+            if frozen is not None:
+                return frozen
+            options = replace(options, freeze=False, pipeline=DEFAULT_PIPELINE)
         found = guarded(lambda: plan_cut(graph, record), options, record)
         if isinstance(found, Cut):
             driven: Callable[..., Any] | None = guarded(lambda: compile_cut(found, options, record), options, record)

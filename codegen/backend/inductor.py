@@ -11,6 +11,7 @@ import torch
 from torch import fx
 from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.utils import counters
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
@@ -147,6 +148,42 @@ def own_context(mode: FakeTensorMode, devices: Iterable[str]) -> Iterator[None]:
         for device in devices:
             if torch.amp.is_autocast_available(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+def source_name(node: fx.Node) -> str:
+    """Where Dynamo took a placeholder from, as Python text: L['self']._modules['head']._parameters['weight']."""
+    name = node.meta["grapharg"].source.name
+    return str(name() if callable(name) else name)  # a method in torch 2.11
+
+
+def module_source(node: fx.Node) -> Any:
+    """The source of the outermost module that Dynamo took a placeholder from, None if it is of no module."""
+    source, found = node.meta["grapharg"].source, None
+    while source is not None:
+        if type(source).__name__.endswith("NNModuleSource"):
+            found = source
+        source = getattr(source, "base", None)
+    return found
+
+
+def is_wrapped_number(node: fx.Node) -> bool:
+    """Whether a placeholder is a Python number that Dynamo hands over as a tensor."""
+    argument = node.meta.get("grapharg")
+    return argument is not None and bool(argument.pass_arg_as_tensor)
+
+
+def hold_to_modules(nodes: Iterable[fx.Node]) -> None:
+    """Let the frame that is being compiled hold for these very modules only. Dynamo takes parameters as arguments, so
+    that what it compiled for a module serves others of its class."""
+    for source in {module_source(node) for node in nodes}:
+        install_guard(source.make_guard(GuardBuilder.ID_MATCH))
+
+
+@contextmanager
+def no_context() -> Iterator[None]:
+    """What is traced in here has nothing to do with the frame of Dynamo that is being compiled."""
+    with tracing(None):
         yield
 
 

@@ -12,15 +12,21 @@ from laconic.passes.pipeline import parse_pipeline
 
 #: Exact passes that look at no weight's value: a weight is an input, and may change after compiling.
 DEFAULT_PIPELINE = "simplify{values=no},cse,dce"
+FROZEN_PIPELINE = "exact"
 
 
 @dataclass(frozen=True)
 class Options:
     """`pipeline`: passes for each distinct piece, as text. `strict`: whatever would be compiled in another way than
-    asked for is an error. `inductor`: settings of Inductor."""
+    asked for is an error. `inductor`: settings of Inductor.
+
+    `freeze`: weights do not change any more; the pipeline, "exact" by default, runs on the graph with its weights, and
+    may hold any pass. "checked" finds also what autograd does not see.
+    """
 
     pipeline: str = DEFAULT_PIPELINE
     strict: bool = False
+    freeze: bool | str = False
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -33,18 +39,27 @@ class Options:
                 raise UsageError(f"backend 'laconic' has no option {name!r}", hint=did_you_mean(name, known))
         if mode not in (None, "default"):
             values["inductor"] = _of_mode(str(mode)) | dict(values.get("inductor", {}))
+        values.setdefault("pipeline", FROZEN_PIPELINE if values.get("freeze") else DEFAULT_PIPELINE)
         options = cls(**values)
         if not isinstance(options.inductor, Mapping):
             raise UsageError(f"option 'inductor' is a dict of Inductor's settings, not {options.inductor!r}")
         if not isinstance(options.strict, bool):
             raise UsageError(f"option 'strict' is True or False, not {options.strict!r}")
+        if options.freeze not in (True, False, "checked"):
+            raise UsageError(f"option 'freeze' is True, False or 'checked', not {options.freeze!r}")
         options.passes()
         return options
 
+    @property
+    def checked(self) -> bool:
+        """Whether the contents of frozen weights are compared before every call."""
+        return self.freeze == "checked"
+
     def passes(self) -> list[Pass]:
-        """The passes of the pipeline. Raises UsageError for one that looks at weights, or is not exact."""
+        """The passes of the pipeline. Raises UsageError for one that looks at weights, or is not exact, unless weights
+        are frozen."""
         found = parse_pipeline(self.pipeline)
-        for item in found:
+        for item in () if self.freeze else found:
             if item.reads_values:
                 raise UsageError(f"{item.spec} looks at the values of weights, which may change after compiling")
             if item.contract is not Contract.EXACT:

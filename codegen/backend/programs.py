@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import sympy
@@ -67,14 +68,19 @@ class CompiledEntry:
     `options.strict` it is raised: whatever the step raised, or VerificationError where it had a reason.
     """
 
-    def __init__(self, program: Program, entry: str, options: Options) -> None:
-        self._program, self._entry, self._options = program, entry, options
+    def __init__(self, program: Program, entry: str, options: Options, record: GraphRecord | None = None) -> None:
+        self._program, self._entry, self._options, self._record = program, entry, options, record
         self._symbols = [sympy.Symbol(name, positive=True, integer=True) for name in program.symbols]
         self._cut: ProgramCut | None = None
         self._variants: list[Variant] = []
         self._chosen: dict[tuple[int, ...], Function | None] = {}
         self._failed = False
         self.function({symbol: program.symbols[symbol.name].hint for symbol in self._symbols})
+
+    @property
+    def compiled(self) -> bool:
+        """Whether anything is."""
+        return bool(self._variants)
 
     def __deepcopy__(self, memo: Any) -> CompiledEntry:
         return self  # it knows no weight, and what it learns of sizes holds for any copy
@@ -109,7 +115,8 @@ class CompiledEntry:
         return found.at(sizes)
 
     def _compile(self, sizes: Sizes) -> Variant | None:
-        record, hits = new_record(), cache_hits()
+        record, hits = self._record or new_record(), cache_hits()
+        self._record = None  # another compilation has one of its own
         try:
             found = self._cut = self._cut or self._find_cut(record)
             if found is None:
@@ -141,7 +148,8 @@ class CompiledEntry:
             assert made == self._symbols[number]
         pieces = [_fresh(piece, mode) for piece in found.pieces]  # compiling takes a piece's graph for itself
         with own_context(mode, _devices(found)):
-            functions = compile_pieces(replace(found, pieces=pieces), dict(self._options.inductor), record)
+            attempt = partial(guarded, options=self._options, record=record)
+            functions = compile_pieces(replace(found, pieces=pieces), dict(self._options.inductor), record, attempt)
         return Variant(drive(found, functions), tuple(found.sizes), tuple(decisions(mode)))
 
 
@@ -174,7 +182,9 @@ class CompiledModel(Runnable):
     in eager.
     """
 
-    def __init__(self, outlined: Program, whole: Callable[[], Program], options: Options) -> None:
+    def __init__(
+        self, outlined: Program, whole: Callable[[], Program], options: Options, record: GraphRecord | None = None
+    ) -> None:
         self._whole = whole
         self._read: Program | None = None
         super().__init__(outlined)
@@ -184,7 +194,12 @@ class CompiledModel(Runnable):
         kinds = {name: type_of(node.meta["val"]) for name, node in rows.items()}
         self._row_types = {name: kind for name, kind in kinds.items() if isinstance(kind, TensorType)}
         self._seen: list[tuple[int, int]] = []
-        self._compiled = CompiledEntry(outlined, self._entry.name, options)
+        self._compiled = CompiledEntry(outlined, self._entry.name, options, record)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether anything is compiled; where nothing is, calls are computed in eager."""
+        return self._compiled.compiled
 
     @property
     def program(self) -> Program:
