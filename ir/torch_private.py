@@ -9,6 +9,7 @@ from typing import Any
 import sympy
 import torch
 from torch._dispatch.python import enable_python_dispatcher
+from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.amp import autocast_mode
@@ -31,6 +32,7 @@ __all__ = [
     "fake_mode",
     "fake_tensor",
     "int_oo",
+    "invoke_subgraph",
     "is_symbolic",
     "new_symbol",
     "quiet",

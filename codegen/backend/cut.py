@@ -12,7 +12,7 @@ its calls (autocast, no_grad) by itself.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -206,10 +206,19 @@ def _piece(reading: Reading, positions: range, slots: list[fx.Node], outputs: li
     scopes = _Scopes(graph, reading.base)
     for position in positions:
         scopes.change(reading.scopes[position])
-        inside[reading.nodes[position]] = graph.node_copy(reading.nodes[position], operand)
+        inside[reading.nodes[position]] = _copy(graph, reading.nodes[position], operand)
     scopes.change(reading.base)
     graph.output(tuple(inside[reading.nodes[position]] for position in outputs))
     return Piece(_holding(graph, bodies), tuple(value_of(slot) for slot in slots), len(positions))
+
+
+def _copy(graph: fx.Graph, node: fx.Node, operand: Callable[[fx.Node], fx.Node]) -> fx.Node:
+    """A copy of a call, named by what it calls: Inductor's caches go by names, and are to hold a piece for wherever it
+    stands."""
+    args, kwargs = fx.node.map_arg(node.args, operand), fx.node.map_arg(node.kwargs, operand)
+    copy = graph.create_node(node.op, node.target, args, kwargs, type_expr=node.type)
+    copy.meta = node.meta.copy()
+    return copy
 
 
 def _holding(graph: fx.Graph, bodies: dict[str, Any]) -> fx.GraphModule:

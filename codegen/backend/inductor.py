@@ -14,7 +14,6 @@ from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.utils import counters
 from torch._guards import TracingContext, detect_fake_mode, tracing
-from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch._inductor import config
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.codecache import CppPythonBindingsCodeCache
@@ -24,6 +23,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.exc import InvalidCxxCompiler
 
 from laconic.codegen.backend.one_unit import LARGEST, Kernel, fits, write_unit
+from laconic.codegen.backend.regions import inline_regions
 from laconic.codegen.backend.stats import GraphRecord
 from laconic.ir.torch_private import FakeTensorMode
 
@@ -67,8 +67,8 @@ def compile_graph(
         with one_unit(record, attempt):  # a backward's kernels make a unit too
             return compile_fx_inner(graph, *args, **kwargs)
 
-    patches = options | ({"allow_buffer_reuse": False} if _has_regions(graph) else {})
-    return compile_fx(graph, list(examples), inner_compile=inner, config_patches=patches or None)  # type: ignore
+    inline_regions(graph)
+    return compile_fx(graph, list(examples), inner_compile=inner, config_patches=options or None)  # type: ignore
 
 
 def has_compiler() -> bool:
@@ -201,14 +201,7 @@ def boxed(compiled: Callable[..., Any]) -> tuple[Callable[[list[Any]], Any], boo
     return call, False
 
 
-# Holes of torch 2.13, where Inductor computes something else without a word
-
-
-def _has_regions(graph: fx.GraphModule) -> bool:
-    """Whether a graph holds a region that is compiled once: Inductor gives the memory of values around such a call away
-    too early, and gradients come out wrong (tests/codegen/test_upstream.py)."""
-    bodies = (module for module in graph.modules() if isinstance(module, fx.GraphModule))
-    return any(node.target is invoke_subgraph for body in bodies for node in body.graph.nodes)
+# A hole of torch 2.13, where Inductor computes something else without a word; another is in `regions.py`
 
 
 def _take_back_donated(graph: fx.GraphModule) -> None:
