@@ -95,9 +95,17 @@ def compile_dynamo(graph: fx.GraphModule, example_inputs: Sequence[Any], options
                 raise VerificationError("the graph was not cut", why=str(found), hint="options={'strict': False}")
         with record.timed("whole"):
             attempt = partial(guarded, options=options, record=record)
+            attempt(lambda: _copies_in_the_whole(graph, record))
             return compile_graph(graph, example_inputs, dict(options.inductor), record, attempt)
     finally:
         record.cache_hits = {name: count - hits[name] for name, count in cache_hits().items()}
+
+
+def _copies_in_the_whole(graph: fx.GraphModule, record: GraphRecord) -> None:
+    """What is not cut needs the copies too: Inductor's gradients would be wrong."""
+    if torch.is_grad_enabled() and obstacle(graph.graph) is None:
+        record.copies = read_through_copies(graph.graph)
+        graph.recompile()
 
 
 def plan_cut(module: fx.GraphModule, record: GraphRecord) -> Cut | Refusal:
