@@ -24,6 +24,7 @@ from torch.export import Dim
 from laconic.codegen.backend.backend import guarded
 from laconic.codegen.backend.inductor import (
     hold_to_modules,
+    hold_to_numbers,
     is_wrapped_number,
     module_source,
     no_context,
@@ -66,23 +67,21 @@ class Held:
 
     def check(self, now: torch.Tensor) -> None:
         """Raise UsageError if the weight is not what it was."""
-        weight = f"the weight {self.name!r}"
         if now is not self.tensor:
-            refuse(weight, "was replaced by another tensor")
+            self._refuse("was replaced by another tensor")
         if now.data_ptr() != self.pointer:
-            refuse(weight, "was moved to other memory")
+            self._refuse("was moved to other memory")
         if _version(now) != self.version:
-            refuse(weight, "was written into")
+            self._refuse("was written into")
         if self.content is not None and content_key(now) != self.content:
-            refuse(weight, "holds other values")
+            self._refuse("holds other values")
 
-
-def refuse(what: str, happened: str) -> NoReturn:
-    raise UsageError(
-        f"{what} {happened} since the model was compiled",
-        why="it was compiled with the option 'freeze', which forbids that",
-        hint="torch._dynamo.reset(), and the next call compiles it anew; or compile without 'freeze'",
-    )
+    def _refuse(self, what: str) -> NoReturn:
+        raise UsageError(
+            f"the weight {self.name!r} {what} since the model was compiled",
+            why="it was compiled with the option 'freeze', which forbids that",
+            hint="torch._dynamo.reset(), and the next call compiles it anew; or compile without 'freeze'",
+        )
 
 
 def _version(tensor: torch.Tensor) -> int:
@@ -92,13 +91,12 @@ def _version(tensor: torch.Tensor) -> int:
 @dataclass(frozen=True)
 class Whole:
     """A Dynamo graph as a module that holds its weights. `given` are the positions of the arguments that it is called
-    with, `weights` the names of those that it holds, by position, `numbers` names and values of Python numbers among
-    them; `axes` as torch.export wants them."""
+    with, `weights` the names of those that it holds, by position; `axes` as torch.export wants them. Python numbers
+    among the arguments are written out."""
 
     module: fx.GraphModule
     given: tuple[int, ...]
     weights: dict[int, str]
-    numbers: dict[int, tuple[str, float]]
     axes: dict[str, dict[int, Any] | None]
 
 
@@ -147,15 +145,13 @@ def _compile(
     if not model.compiled:
         return None
     weights = [Held.of(k, name, example_inputs[k], options.checked) for k, name in whole.weights.items()]
-    numbers = [(k, name, number) for k, (name, number) in whole.numbers.items()]
-    hold_to_modules(node for k, node in enumerate(graph.graph.find_nodes(op="placeholder")) if k in whole.weights)
+    placeholders = graph.graph.find_nodes(op="placeholder")
+    hold_to_modules(placeholders[k] for k in whole.weights)
+    hold_to_numbers(filter(is_wrapped_number, placeholders))
 
     def call(*args: Any) -> Any:
         for weight in weights:
             weight.check(args[weight.position])
-        for position, name, number in numbers:
-            if args[position].item() != number:
-                refuse(f"the number {name!r}", "changed")
         return model(*(args[k] for k in whole.given))
 
     return call
@@ -179,18 +175,18 @@ def hold_weights(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Whole
     """The graph as a module that holds its weights; or why there is none."""
     placeholders = module.graph.find_nodes(op="placeholder")
     changed = {operand for node in module.graph.nodes if node.op.startswith("call") for operand in written(node)}
-    names = _names([n if _of_module(n) and n not in changed else None for n in placeholders])
-    numbers = {k: (names.pop(k), example_inputs[k].item()) for k in list(names) if is_wrapped_number(placeholders[k])}
+    names = _names([n if _is_weight(n) and n not in changed else None for n in placeholders])
+    numbers = {n: example_inputs[k].item() for k, n in enumerate(placeholders) if is_wrapped_number(n)}
     graph = fx.Graph()
     mapped: dict[fx.Node, Any] = {}
     given: list[int] = []
     axes: dict[str, dict[int, Any] | None] = {}
     known = _Sizes({}, {})
     for k, node in enumerate(placeholders):
-        if k not in names and k not in numbers and not isinstance(node.meta["example_value"], torch.SymInt):
+        if k not in names and node not in numbers and not isinstance(node.meta["example_value"], torch.SymInt):
             mapped[node] = graph.placeholder(f"input_{k}")
             given.append(k)
-            free = None if is_wrapped_number(node) else known.axes(node.meta["example_value"], mapped[node])
+            free = known.axes(node.meta["example_value"], mapped[node])
             if free is None:
                 return Refusal("an input is no tensor, or one whose sizes follow from others", node.name)
             axes[f"input_{k}"] = free or None
@@ -199,19 +195,18 @@ def hold_weights(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Whole
         if k in names:
             attributes[names[k]] = example_inputs[k]
             mapped[node] = graph.get_attr(names[k])
-        elif node not in mapped and k not in numbers:
+        elif node not in mapped and node not in numbers:
             place = known.places.get(expression(node.meta["example_value"]))
             if place is None:
                 return Refusal("a whole number is an input", node.name)
             mapped[node] = graph.call_method("size", place)
-    literals = {placeholders[k]: number for k, (_, number) in numbers.items()}
     for node in module.graph.nodes:
-        if node.op == "call_method" and node.target == "item" and node.args[0] in literals:
-            mapped[node] = literals[node.args[0]]
+        if node.op == "call_method" and node.target == "item" and node.args[0] in numbers:
+            mapped[node] = numbers[node.args[0]]
         elif node.op != "placeholder":
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), mapped.__getitem__)
             mapped[node] = graph.create_node(node.op, node.target, args, kwargs)
-    return Whole(fx.GraphModule(attributes, graph, "Whole"), tuple(given), names, numbers, axes)
+    return Whole(fx.GraphModule(attributes, graph, "Whole"), tuple(given), names, axes)
 
 
 @dataclass(frozen=True)
@@ -239,11 +234,10 @@ class _Sizes:
         return found
 
 
-def _of_module(node: fx.Node) -> bool:
-    """Whether Dynamo took a placeholder from a module, and not from an argument or a global: a tensor that it does not
-    guard, or a number."""
+def _is_weight(node: fx.Node) -> bool:
+    """Whether Dynamo took a tensor from a module, and not from an argument or a global."""
     kept = (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type") == "unguarded"
-    return module_source(node) is not None and (kept or is_wrapped_number(node))
+    return kept and module_source(node) is not None
 
 
 def _names(nodes: Sequence[fx.Node | None]) -> dict[int, str]:

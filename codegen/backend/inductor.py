@@ -180,6 +180,12 @@ def hold_to_modules(nodes: Iterable[fx.Node]) -> None:
         install_guard(source.make_guard(GuardBuilder.ID_MATCH))
 
 
+def hold_to_numbers(nodes: Iterable[fx.Node]) -> None:
+    """Let the frame that is being compiled hold for these values of Python numbers only, as it does of others."""
+    for node in nodes:
+        install_guard(node.meta["grapharg"].source.make_guard(GuardBuilder.CONSTANT_MATCH))
+
+
 @contextmanager
 def no_context() -> Iterator[None]:
     """What is traced in here has nothing to do with the frame of Dynamo that is being compiled."""

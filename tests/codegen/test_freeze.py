@@ -166,6 +166,16 @@ def test_repeats_are_compiled_once_at_every_size() -> None:
     assert done["each"][0]["repeats"][0][1] == 5
 
 
+def test_a_number_that_changes_is_compiled_anew() -> None:
+    """Dynamo takes numbers of a module as arguments where sizes are dynamic."""
+    model = nn.LayerNorm(6)
+    mine = torch.compile(model, backend="laconic", dynamic=True, options=FROZEN)
+    with torch.no_grad():
+        for graphs, model.eps in enumerate((0.25, 1.0, 1.0)):
+            same(mine(drawn(3, 6)), nn.functional.layer_norm(drawn(3, 6), (6,), eps=model.eps), 1e-5)
+            assert stats()["graphs"] == min(graphs + 1, 2)
+
+
 def test_another_model_of_the_class_is_frozen_by_itself() -> None:
     """Dynamo would serve both by what it compiled for one."""
     for seed in range(3):
