@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 JOBS ?= 2
 
-.PHONY: demo test test-slow test-gpu lint types bench tables clean
+.PHONY: demo test test-slow test-gpu lint types bench tables matrix clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py build/demo
@@ -31,6 +31,9 @@ bench: $(READY)
 
 tables: $(READY)
 	$(BIN)/python benchmarks/tables.py
+
+matrix: $(READY)
+	$(BIN)/python benchmarks/support_matrix.py --jobs $(JOBS)
 
 # torch goes in first, by the version that the constraints pin: what follows then finds it installed.
 $(READY): pyproject.toml constraints.txt
