@@ -30,6 +30,7 @@ from laconic.codegen.backend.program_cut import ProgramCut, cut_program
 from laconic.codegen.backend.stats import GraphRecord, new_record
 from laconic.ir.dynamo import Refusal
 from laconic.ir.errors import UsageError, VerificationError
+from laconic.ir.logs import configure_from_environment
 from laconic.ir.program import Kind, Program, copy_graph
 from laconic.ir.run import Runnable
 from laconic.ir.torch_private import FakeTensorMode, decisions, fake_mode, fake_tensor, new_symbol, sym_int
@@ -89,13 +90,14 @@ class CompiledEntry:
         """What computes the entry's outputs at these sizes, given the operands of its placeholders in order; None if
         nothing is compiled for them."""
         key = tuple(sizes.get(symbol, -1) for symbol in self._symbols)
-        if key not in self._chosen:
-            with compile_lock:
-                if key not in self._chosen:
-                    if len(self._chosen) >= MOST_SIZES:
-                        self._chosen = {}
-                    self._chosen[key] = self._choose(sizes)
-        return self._chosen[key]
+        chosen = self._chosen
+        if key in chosen:
+            return chosen[key]
+        with compile_lock:
+            if key not in self._chosen:
+                kept = {} if len(self._chosen) >= MOST_SIZES else self._chosen
+                self._chosen = {**kept, key: self._choose(sizes)}
+            return self._chosen[key]
 
     def _choose(self, sizes: Sizes) -> Function | None:
         found = next((variant for variant in self._variants if variant.holds(sizes)), None)
@@ -110,7 +112,9 @@ class CompiledEntry:
             if found is not None:
                 self._variants.append(found)
         if found is None or not found.holds(sizes):
-            log.warning("nothing is compiled for %s: they run in eager", told(sizes))
+            names = self._program.names
+            told = ", ".join(f"{names[symbol.name]} = {size}" for symbol, size in sizes.items())
+            log.warning("nothing is compiled for %s: calls run in eager", told or "the program")
             return None
         return found.at(sizes)
 
@@ -171,10 +175,6 @@ def _devices(found: ProgramCut) -> set[str]:
     return {torch.device(kind.device).type for kind in kinds if isinstance(kind, TensorType)}
 
 
-def told(sizes: Sizes) -> str:
-    return ", ".join(f"{symbol} = {size}" for symbol, size in sizes.items()) or "fixed sizes"
-
-
 class CompiledModel(Runnable):
     """A saved Program as a compiled model, which checks arguments and writes updates as any `Runnable`.
 
@@ -185,6 +185,7 @@ class CompiledModel(Runnable):
     def __init__(
         self, outlined: Program, whole: Callable[[], Program], options: Options, record: GraphRecord | None = None
     ) -> None:
+        configure_from_environment()
         self._whole = whole
         self._read: Program | None = None
         super().__init__(outlined)

@@ -18,6 +18,7 @@ from torch import nn
 from torch.export import Dim
 
 import laconic
+from architectures import ARCHITECTURES, make
 from compiled import Stack, made
 from helpers import bits, parse, tensors_in
 from laconic.codegen import stats
@@ -28,6 +29,7 @@ from laconic.codegen.backend.program_cut import ProgramCut, cut_program
 from laconic.codegen.backend.programs import CompiledEntry
 from laconic.ir.dynamo import Refusal
 from laconic.ir.errors import LaconicError, MissingDependencyError, ModelError, UsageError, VerificationError
+from laconic.ir.inputs import cases
 from laconic.ir.outline import outline
 from laconic.ir.program import Kind, Program
 
@@ -200,6 +202,22 @@ def test_lazily_conjugated_values_cross_no_cut() -> None:
     found, _run = piecewise(program)
     assert len(found.pieces) == 1
     assert not found.repeats
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures_are_cut_to_the_same_bits(name: str) -> None:
+    module, inputs, axes = make(name)
+    program = laconic.optimize(module, inputs=inputs, dynamic_shapes=axes).program
+    found, run = piecewise(outline(program))
+    assert found.nodes >= sum(1 for _ in program.forward.calls())
+    for case in cases(program, program.forward):
+        sizes = {symbol.name: case.sizes[symbol.name] for symbol in program.symbols.values()}
+        named = {declared.name: value for declared, value in zip(program.forward.inputs, case.inputs, strict=True)}
+        more = [sizes[program.symbols[str(size)].name] for size in found.sizes]
+        with torch.no_grad():
+            results = list(run(*operands(program, named), *more))
+        assert bits(results) == bits(laconic.ir.run.evaluate(program, program.forward, case.inputs).results)
 
 
 # Compiled
