@@ -253,3 +253,15 @@ def parts_beside_their_tuple(graph: fx.Graph) -> None:
         for user in [u for u in node.users if u.target is operator.getitem and u.all_input_nodes == [node]]:
             last.append(user)
             last = user
+
+
+def numbers_beside_their_use(graph: fx.Graph) -> None:
+    """Read a Python number, which Dynamo may hand over as a tensor, anew for each call that uses it: the tensor can
+    enter a block, which the number cannot."""
+    for node in list(graph.nodes):
+        source = node.args[0] if node.op == "call_method" and node.target == "item" else None
+        if isinstance(source, fx.Node) and source.op == "placeholder" and isinstance(value_of(node), torch.SymFloat):
+            for user in list(node.users):
+                with graph.inserting_before(user):
+                    user.replace_input_with(node, graph.node_copy(node))
+            graph.erase_node(node)

@@ -97,6 +97,11 @@ def expression(size: Any) -> int | sympy.Expr:
     return size
 
 
+def own_symbol(size: torch.SymInt) -> Any:
+    """What a size was made as, whatever it was found to equal since: what compiled code calls an input that is one."""
+    return size.node._expr
+
+
 def is_symbolic(value: Any) -> bool:
     return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
 

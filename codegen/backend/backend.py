@@ -33,6 +33,7 @@ from laconic.codegen.backend.inductor import (
     compile_graph,
     fresh_context,
     has_compiler,
+    is_wrapped_number,
     one_unit,
     plainly,
     runs_on_cpu,
@@ -41,8 +42,8 @@ from laconic.codegen.backend.options import DEFAULT_PIPELINE, Options
 from laconic.codegen.backend.out_of_place import autocast_is_on, out_of_place
 from laconic.codegen.backend.rewrite import rewrite
 from laconic.codegen.backend.snapshots import read_through_copies
-from laconic.codegen.backend.stats import GraphRecord, first_time, new_record
-from laconic.ir.dynamo import Refusal, obstacle, parts_beside_their_tuple, read_dynamo
+from laconic.codegen.backend.stats import GraphRecord, first_time, forget, new_record
+from laconic.ir.dynamo import Refusal, numbers_beside_their_use, obstacle, parts_beside_their_tuple, read_dynamo
 from laconic.ir.errors import MissingDependencyError, UsageError, VerificationError
 from laconic.ir.logs import configure_from_environment
 from laconic.ir.program import copy_graph
@@ -84,6 +85,7 @@ def compile_dynamo(graph: fx.GraphModule, example_inputs: Sequence[Any], options
             options = replace(options, freeze=False, pipeline=DEFAULT_PIPELINE)
         found = guarded(lambda: plan_cut(graph, record), options, record)
         if isinstance(found, Cut):
+            show_numbers(found, graph, example_inputs)
             driven: Callable[..., Any] | None = guarded(lambda: compile_cut(found, options, record), options, record)
             if driven is not None:
                 return driven
@@ -97,6 +99,9 @@ def compile_dynamo(graph: fx.GraphModule, example_inputs: Sequence[Any], options
             attempt = partial(guarded, options=options, record=record)
             attempt(lambda: _copies_in_the_whole(graph, record))
             return compile_graph(graph, example_inputs, dict(options.inductor), record, attempt)
+    except RestartDynamo:
+        forget(record)
+        raise
     finally:
         record.cache_hits = {name: count - hits[name] for name, count in cache_hits().items()}
 
@@ -114,6 +119,7 @@ def plan_cut(module: fx.GraphModule, record: GraphRecord) -> Cut | Refusal:
         training = torch.is_grad_enabled()
         graph = copy_graph(module.graph)
         parts_beside_their_tuple(graph)
+        numbers_beside_their_use(graph)
         refused = obstacle(graph)
         if refused is not None:
             return refused
@@ -131,6 +137,20 @@ def plan_cut(module: fx.GraphModule, record: GraphRecord) -> Cut | Refusal:
         record.nodes = len(reading.nodes)
         found = cut(graph, reading, repeats)
     return found
+
+
+def show_numbers(found: Cut, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+    """Let pieces be compiled with the very tensors that stand for Python numbers: what these hold is known by them."""
+    inputs = zip(graph.graph.find_nodes(op="placeholder"), example_inputs, strict=True)
+    numbers = {node.name: example for node, example in inputs if is_wrapped_number(node)}
+    seen: set[int] = set()
+    for step in found.steps if numbers else ():
+        piece = found.pieces[step.piece]
+        if step.piece not in seen:
+            examples = zip(step.operands, piece.examples, strict=True)
+            shown = tuple(numbers.get(node.name, example) for node, example in examples)
+            found.pieces[step.piece] = replace(piece, examples=shown)
+        seen.add(step.piece)
 
 
 def compile_cut(found: Cut, options: Options, record: GraphRecord) -> Callable[..., Any]:

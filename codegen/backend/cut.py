@@ -23,7 +23,7 @@ from torch import fx, nn
 from laconic.ir.dynamo import Reading, Refusal, Scope, memory, value_of
 from laconic.ir.listing import Operand, Repeat
 from laconic.ir.program import copy_graph
-from laconic.ir.torch_private import LEAVING, expression, is_unbacked
+from laconic.ir.torch_private import LEAVING, expression, is_unbacked, own_symbol
 from laconic.ir.torch_traits import held, written
 
 #: Share of the nodes that need not be compiled, below which cutting is not worth its calls.
@@ -108,7 +108,7 @@ def cut(graph: fx.Graph, reading: Reading, every: list[Repeat]) -> Cut | Refusal
 def _sizes(graph: fx.Graph) -> dict[Any, fx.Node]:
     """The inputs that are symbolic sizes, by their symbols."""
     values = {node: value_of(node) for node in graph.nodes if node.op == "placeholder"}
-    return {expression(value): node for node, value in values.items() if isinstance(value, torch.SymInt)}
+    return {own_symbol(value): node for node, value in values.items() if isinstance(value, torch.SymInt)}
 
 
 def _unnamed(slots: list[fx.Node], calls: list[fx.Node]) -> list[sympy.Symbol]:
@@ -116,7 +116,7 @@ def _unnamed(slots: list[fx.Node], calls: list[fx.Node]) -> list[sympy.Symbol]:
     tensor with 2*s rows, an operand or what a backward is given, nothing tells s."""
     expressions = {e for node in (*slots, *calls) for e in _expressions(value_of(node))}
     used = {s for e in expressions if isinstance(e, sympy.Basic) and not e.is_Symbol for s in e.free_symbols}
-    named = {expression(value_of(slot)) for slot in slots if isinstance(value_of(slot), torch.SymInt)}
+    named = {own_symbol(value_of(slot)) for slot in slots if isinstance(value_of(slot), torch.SymInt)}
     return sorted(used - named, key=str)
 
 

@@ -119,12 +119,13 @@ class GraphRewrite(CustomGraphPass):
 @contextmanager
 def fresh_context(examples: Sequence[Any]) -> Iterator[None]:
     """A tracing context of a piece's own: the outer one knows parameters, outputs and metadata of one graph. Guards are
-    shared, since they belong to the user's frame."""
+    shared, since they belong to the user's frame, and so is where its tensors came from."""
     outer = TracingContext.try_get()
     mode = outer.fake_mode if outer is not None else detect_fake_mode(examples)
     inner = TracingContext(mode)
     if outer is not None:
         inner.guards_context, inner.global_context = outer.guards_context, outer.global_context
+        inner.tensor_to_context = outer.tensor_to_context
     counted = counters["aot_autograd"]["total"]
     try:
         with tracing(inner):

@@ -75,6 +75,11 @@ def stats() -> dict[str, Any]:
     }
 
 
+def forget(record: GraphRecord) -> None:
+    """Leave out a graph that Dynamo takes back."""
+    _records[:] = [other for other in _records if other is not record]
+
+
 def first_time(what: str) -> bool:
     """Whether something happens for the first time."""
     known = what in _said
