@@ -47,6 +47,7 @@ class Scaled(Stack):
         return self.head(x)
 
 
+@pytest.mark.slow
 def test_numbers_among_the_inputs() -> None:
     """They are compiled in at first, and inputs once they change; a float by way of a tensor."""
     model = made(Scaled)
@@ -79,7 +80,8 @@ print(json.dumps(stats()["each"]))
 """
 
 
-@pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [False, True])
 def test_what_is_found_on_disk(training: bool, tmp_path: Path) -> None:
     """A second process finds everything; and so does a model of another depth: its blocks are the same."""
 
@@ -99,7 +101,7 @@ def test_what_is_found_on_disk(training: bool, tmp_path: Path) -> None:
         assert found["cache_hits"]["autograd_cache_miss"] == found["cache_hits"]["fxgraph_cache_miss"] == 0
 
 
-@pytest.mark.parametrize("pipeline", ["", "cse,dce"])
+@pytest.mark.parametrize("pipeline", ["cse,dce", pytest.param("", marks=pytest.mark.slow)])
 def test_with_fewer_passes_and_a_mode(pipeline: str) -> None:
     check(made(Stack), drawn(7, WIDTH), pipeline=pipeline, inductor={"epilogue_fusion": False})
     assert not stats()["each"][0]["rewritten"].get("simplify")
@@ -121,6 +123,7 @@ def test_options_that_are_none(given: dict[str, Any], said: str) -> None:
     assert stats()["graphs"] == 0
 
 
+@pytest.mark.slow
 def test_modes() -> None:
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="there is no mode 'max'"):
         torch.compile(made(Stack), backend="laconic", mode="max")(drawn())

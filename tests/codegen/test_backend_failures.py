@@ -90,7 +90,7 @@ DURING: dict[str, tuple[bool, bool, Callable[[pytest.MonkeyPatch], None]]] = {
 
 
 @pytest.mark.parametrize(
-    "place", [pytest.param(name, marks=[] if name.startswith("unit of") else pytest.mark.slow) for name in DURING]
+    "place", [pytest.param(name, marks=[] if name == "unit of a backward" else pytest.mark.slow) for name in DURING]
 )
 def test_a_step_while_pieces_are_compiled(
     place: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -200,6 +200,7 @@ class Embedded(Stack):
         return self.head(x)
 
 
+@pytest.mark.slow
 def test_an_index_out_of_range() -> None:
     """The error that Inductor's kernels raise."""
     model = made(Embedded)

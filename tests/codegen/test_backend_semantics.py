@@ -33,6 +33,10 @@ from compiled import (
 from laconic.codegen import stats
 
 
+def slowly(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 class Hidden(Stack):
     """Returns what every block made, and views of the last."""
 
@@ -61,12 +65,12 @@ class TurnedStack(Stack):
         return x
 
 
-@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("grad", [True, slowly(False)])
 def test_hidden_states_and_views_are_returned(grad: bool) -> None:
     check(made(Hidden), drawn(grad=grad), grad=grad)
 
 
-@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("transposed", [True, slowly(False)])
 def test_other_layouts(transposed: bool) -> None:
     x = drawn(3, WIDTH).T if transposed else drawn(WIDTH, 3)
     check(made(TurnedStack), x.requires_grad_())
@@ -128,7 +132,9 @@ LOW = {
 }
 
 
-@pytest.mark.parametrize("case", LOW)
+@pytest.mark.parametrize(
+    "case", ["outside", "half", *(slowly(case) for case in sorted(LOW.keys() - {"outside", "half"}))]
+)
 def test_low_precision(case: str) -> None:
     """As near to the same in fp64 as eager is, by the `tolerance` contract."""
     build, wrap, dtype, cast = LOW[case]
@@ -178,8 +184,9 @@ def test_a_graph_break_in_the_midst() -> None:
     rolled(4, graphs=2)
 
 
-@pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("marked", [True, False])
+@pytest.mark.parametrize(
+    ("grad", "marked"), [(False, False), slowly(True, False), slowly(False, True), slowly(True, True)]
+)
 def test_as_many_graphs_as_inductor_over_sizes(grad: bool, marked: bool) -> None:
     model = made(Stack)
     other = copy.deepcopy(model)
@@ -302,7 +309,8 @@ destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
 def test_data_parallel_splits_the_graph(count: int, tmp_path: Path) -> None:
     script = tmp_path / "rank.py"
     script.write_text(_RANK)
@@ -356,7 +364,7 @@ def untied(model: Any) -> None:
     model.blocks[3].first.weight = nn.Parameter(drawn(WIDTH, WIDTH, seed=8))
 
 
-@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("grad", [True, slowly(False)])
 def test_weights_that_change(grad: bool) -> None:
     model = made(lambda: Stack(Square))
     other = copy.deepcopy(model)

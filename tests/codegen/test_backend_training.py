@@ -33,6 +33,7 @@ def test_two_forwards_then_two_backwards() -> None:
     rolled(4)
 
 
+@pytest.mark.slow
 def test_a_second_backward_through_the_same_graph(no_caches: None) -> None:
     """Both count. Once a backward was compiled for one use of what was saved, it takes no other: as with Inductor."""
 
@@ -127,7 +128,7 @@ class Normed(nn.Module):
         return x + torch.tanh(self.linear(self.norm(x)))
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_batch_norm_keeps_its_statistics(training: bool) -> None:
     model = made(lambda: Stack(Normed)).train(training)
     before = {name: value.clone() for name, value in model.named_buffers()}
@@ -160,7 +161,7 @@ class Remembering(Block):
         return x + self.branch(x + self.store)
 
 
-@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("grad", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_custom_op_that_writes_and_a_counter(grad: bool) -> None:
     model = made(lambda: Stack(Remembering))
     check(model, drawn(), calls=3, grad=grad)
@@ -216,6 +217,7 @@ class Shared(Stack):
         return self.head(h)
 
 
+@pytest.mark.slow
 def test_an_input_that_all_blocks_read() -> None:
     check(made(Shared), drawn(grad=True))
 
@@ -274,7 +276,7 @@ class InPlaceStack(Stack):
         return super().forward(x * 1.0)
 
 
-@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("grad", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_residual_stream_is_updated_in_place(grad: bool) -> None:
     """Cut as it stands, autograd would refuse it in training: what was inside a graph is an operand of a piece."""
     done = check(made(InPlaceStack), drawn(grad=True), grad=grad)

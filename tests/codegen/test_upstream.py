@@ -50,7 +50,9 @@ def worst(found: Outcome, wanted: Outcome) -> float:
     )
 
 
-@pytest.mark.parametrize("way", ["nested_compile_region", "use_graph_deduplication"])
+@pytest.mark.parametrize(
+    "way", ["nested_compile_region", pytest.param("use_graph_deduplication", marks=pytest.mark.slow)]
+)
 def test_regions_that_are_compiled_once_train_wrong(way: str) -> None:
     model = made(lambda: Layers(region if way == "nested_compile_region" else plain))
     eager = copy.deepcopy(model)
