@@ -24,6 +24,8 @@ from helpers import bits, tensors_in
 from random_block_steps import ENDS, SHAPES, STEPS
 
 HEADER = "import torch\nfrom torch import nn\n"
+#: How likely a difference is planted where it could be: more if few blocks have a place for it.
+LIKELY = {"constant": 1, "requires_grad": 1, "stride": 1, "same weight": 8, "grad scope": 16}
 _PLACE = re.compile(r"<<(.*?):(.*?)\|(.*?)>>")
 _WEIGHT = re.compile(r"\{(\w+)\}")
 _HEAD = 5  # lines of a block's class in front of its own
@@ -180,7 +182,8 @@ def random_blocks(seed: int) -> RandomBlocks:
     if not kinds:
         bodies[odd % period].insert(1, "h = h * <<constant:0.5|0.25>>")
         kinds = list(_kinds(bodies[odd % period], writer.training, once))
-    kind = dice.choice(sorted({found[0] for found in kinds}))
+    choices = sorted({found[0] for found in kinds})
+    kind = dice.choices(choices, [LIKELY.get(kind, 4) for kind in choices])[0]
     _, line, weight = dice.choice([found for found in kinds if found[0] == kind])
 
     source, at, names = HEADER, 0, []

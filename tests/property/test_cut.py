@@ -19,9 +19,9 @@ from random_blocks import RandomBlocks, observed, random_blocks
 WIRING = {"dynamic batch", "more is returned", "one module many times", "open scope", "period of two", "swapped slots"}
 SCOPES = {"autocast around blocks", "no_grad around blocks", "tied weights"}
 FEATURES = WIRING | SCOPES | {step.feature for step in STEPS} | {end.feature for end in ENDS}
-#: What is planted, by the share of programs in which it must be.
-KINDS = {"constant": 0.1, "requires_grad": 0.04, "stride": 0.02, "type": 0.02, "order": 0.01, "zero": 0.01}
-RARE = {"index", "dtype", "same weight", "shared memory", "scope", "grad scope"}
+#: What is planted, by how many among a hundred programs must have it.
+KINDS = {"constant": 8, "requires_grad": 2, "stride": 2, "type": 2, "order": 2, "zero": 2, "index": 1, "dtype": 1}
+RARE = {"same weight": 0.5, "shared memory": 0.5, "scope": 0.5, "grad scope": 0.5}
 
 
 def block_and_line(node: fx.Node, program: RandomBlocks) -> tuple[int, int] | None:
@@ -65,7 +65,7 @@ def cut_of(program: RandomBlocks, odd: bool) -> Cut | str | None:
 
 
 def run_seeds(seeds: range, least: int, plain: bool) -> None:
-    """At least `least` programs with a difference must have been cut; with `plain`, each is run without it too."""
+    """At least `least` programs with a difference must have been cut; with `plain`, some are run without it too."""
     tried, refused, seen = 0, Counter[str](), Counter[str]()
     for seed in seeds:
         program = random_blocks(seed)
@@ -73,7 +73,7 @@ def run_seeds(seeds: range, least: int, plain: bool) -> None:
         if found is None:
             continue
         tried += 1
-        if plain:
+        if plain and seed % 3 == 0:
             cut_of(program, odd=False)
         if isinstance(found, str):
             refused[found] += 1
@@ -88,9 +88,8 @@ def run_seeds(seeds: range, least: int, plain: bool) -> None:
     assert len(seeds) * 0.85 <= tried, "many models do not run in eager"
     if len(seeds) >= 100:
         missing = [feature for feature in FEATURES if not seen[feature]]
-        missing += [kind for kind, share in KINDS.items() if seen[f"planted: {kind}"] < share * cut]
+        missing += [kind for kind, share in (KINDS | RARE).items() if seen[f"planted: {kind}"] < share * cut / 100]
         assert not missing, f"hardly ever: {missing}\n{seen}"
-        assert sum(seen[f"planted: {kind}"] for kind in RARE) >= 0.1 * cut
 
 
 def test_random_blocks_keep_every_bit_when_cut() -> None:
@@ -98,6 +97,6 @@ def test_random_blocks_keep_every_bit_when_cut() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", range(1000, 1700, 100))
+@pytest.mark.parametrize("first", range(1000, 1600, 200))
 def test_many_random_blocks_keep_every_bit_when_cut(first: int) -> None:
-    run_seeds(range(first, first + 100), least=75, plain=True)
+    run_seeds(range(first, first + 200), least=170, plain=True)
