@@ -11,6 +11,7 @@ from torch import fx
 from laconic.codegen.backend.backend import plan_cut
 from laconic.codegen.backend.cut import Cut, Piece
 from laconic.codegen.backend.driver import Boxed, drive
+from laconic.codegen.backend.layouts import hand_over_channels_last
 from laconic.codegen.backend.stats import GraphRecord
 from laconic.ir.dynamo import Reading, Refusal, read_dynamo
 
@@ -29,6 +30,7 @@ class EagerPieces:
         self.found.append(found)
         if isinstance(found, Refusal):
             return graph.forward
+        self.records[-1].channels_last = hand_over_channels_last(found)
         return drive(found, [emptying(piece) for piece in found.pieces])
 
     @property

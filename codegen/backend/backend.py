@@ -38,6 +38,7 @@ from laconic.codegen.backend.inductor import (
     plainly,
     runs_on_cpu,
 )
+from laconic.codegen.backend.layouts import hand_over_channels_last
 from laconic.codegen.backend.options import DEFAULT_PIPELINE, Options
 from laconic.codegen.backend.out_of_place import autocast_is_on, out_of_place
 from laconic.codegen.backend.rewrite import rewrite
@@ -164,6 +165,7 @@ def compile_pieces(
 ) -> list[Boxed]:
     """Compile each piece once, all their C++ kernels in one unit."""
     record.repeats = [(r.period, r.count, len(r.slots), len(r.outputs)) for r in found.repeats]
+    record.channels_last = hand_over_channels_last(found)
     functions: list[Boxed] = []
     with one_unit(record, attempt):
         for piece in found.pieces:

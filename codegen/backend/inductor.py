@@ -25,10 +25,9 @@ from torch._inductor.exc import InvalidCxxCompiler
 from laconic.codegen.backend.one_unit import LARGEST, Kernel, fits, write_unit
 from laconic.codegen.backend.regions import inline_regions
 from laconic.codegen.backend.stats import GraphRecord
-from laconic.ir.torch_private import FakeTensorMode
+from laconic.ir.torch_private import FakeTensorMode, storage_key
 
 __all__ = ["compile_lock"]
-from laconic.ir.torch_private import storage_key
 
 #: Takes a step of ours, and decides what becomes of an error.
 Attempt = Callable[[Callable[[], Any]], Any]

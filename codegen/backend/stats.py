@@ -24,6 +24,7 @@ class GraphRecord:
     fallback: str = ""
     out_of_place: int = 0
     copies: int = 0
+    channels_last: int = 0
     rewritten: dict[str, int] = field(default_factory=dict)
     unboxed: int = 0
     kernels: int = 0
