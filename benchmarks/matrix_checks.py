@@ -95,7 +95,7 @@ def gradients(call: Callable[..., Any], module: nn.Module, arguments: Arguments)
     ends = [value for value in results(call, arguments).values() if value.requires_grad]
     generator = torch.Generator().manual_seed(1)
     given = [torch.randint(-16, 17, e.shape, generator=generator).to(e.dtype) / 16 for e in ends]  # exact in any dtype
-    named = dict(module.named_parameters())
+    named = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
     found = torch.autograd.grad(ends, list(named.values()), given, allow_unused=True)
     return {f"gradient of {name}": value for name, value in zip(named, found, strict=True) if value is not None}
 

@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -44,7 +45,7 @@ def measure(name: str) -> Row:
         try:
             row[check] = run(subject)
         except Exception as problem:  # noqa: BLE001  whatever it is, it is why the row is not full
-            row[check] = {"hole": f"{type(problem).__name__}: {problem}".splitlines()[0]}
+            row[check] = {"hole": textwrap.shorten(f"{type(problem).__name__}: {problem}", 400)}
         row["seconds"][check] = round(time.perf_counter() - start, 1)
     return row
 

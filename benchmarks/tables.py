@@ -147,6 +147,48 @@ def compile_latency() -> str:
     return "\n".join([*lines, "", note])
 
 
+def load_time() -> str:
+    data = result("load_time")
+    lines = ["| CPU seconds to the first result, caches on disk filled | after imports | after a trivial function |"]
+    lines.append("|---|---|---|")
+    labels = {
+        "inductor": "torch.compile, Inductor",
+        "laconic": 'torch.compile, `backend="laconic"`',
+        "load": "`laconic.load(DIR, compile=True)`",
+    }
+    warm = data["warm"]
+    for way, label in labels.items():
+        cells = [f"{found[way]['cpu'][1]:.2f} ({found[way]['ratio'][1]:.2f})" for found in warm.values()]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    backend = " and ".join(f"{found['laconic']['backend_ratio'][1]:.2f}" for found in warm.values())
+    note = (
+        f"{data['model']['layers']} layers of Llama in a new process, median of {data['repeats']} (over Inductor's of "
+        f"the same turn). Of torch.compile's seconds most are Dynamo's; those inside the backend are {backend} of "
+        f"Inductor's. {data['machine']['cpu']}, one thread, torch {data['machine']['torch']}."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def training() -> str:
+    data = result("training")
+    lines = [
+        "| model | losses apart, no dropout | one weight's last bit changed | with dropout, means apart |",
+        "|---|---|---|---|",
+    ]
+    for name, row in data["models"].items():
+        lines.append(
+            f"| {name} | {row['largest_relative_difference']:.1e} | {row['last_bit_of_one_weight']:.1e} | "
+            f"{row['dropout']['standard_errors_apart']:.1f} standard errors |"
+        )
+    seeds = next(iter(data["models"].values()))["dropout"]["seeds"]
+    note = (
+        f"{data['steps']} Adam steps against eager: the largest relative difference of a loss, beside that of eager "
+        f"against itself with one weight moved by its last bit; with dropout, the mean loss of the last quarter over "
+        f"{seeds} seeds each (Welch). {data['machine']['cpu']}, one thread, torch {data['machine']['torch']}."
+    )
+    return "\n".join([*lines, "", note])
+
+
 def result(name: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
     return found
@@ -158,6 +200,8 @@ TABLES = {
     "costs": costs,
     "compile_time": compile_time,
     "compile_latency": compile_latency,
+    "load_time": load_time,
+    "training": training,
 }
 
 

@@ -1,7 +1,8 @@
-"""The support matrix: its rows, all slow; what makes a hole."""
+"""The support matrix: six of its rows, the others slow; what makes a hole; the page."""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from itertools import repeat
@@ -22,7 +23,8 @@ import support_matrix  # noqa: E402
 from matrix_checks import Hole, Subject  # noqa: E402
 from matrix_models import ROWS  # noqa: E402
 
-EVERY = [pytest.param(name, marks=pytest.mark.slow) for name in ROWS]
+FAST = ("bert", "gpt2", "llama", "t5", "vit", "mixtral")
+EVERY = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in ROWS]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,20 +53,18 @@ def no_holes(found: dict[str, Any]) -> None:
     assert list(support_matrix.holes(found)) == []
 
 
-def test_compiled_results_and_how_little_is_compiled(subject: Subject) -> None:
-    no_holes(matrix_checks.inference(subject))
+SLOW = [pytest.param(check, marks=pytest.mark.slow) for check in ("exact", "onnx")]
+
+
+@pytest.mark.parametrize("check", ["inference", "training", *SLOW])
+def test_results_gradients_and_how_little_is_compiled(subject: Subject, check: str) -> None:
+    no_holes(matrix_checks.CHECKS[check](subject))
 
 
 def test_the_cut_alone_has_eagers_bits_and_finds_the_layers_of_the_configuration(subject: Subject) -> None:
     found = matrix_checks.cut(subject)
     no_holes(found)
     assert found["repeats"]["found"] == found["repeats"]["expected"] >= 6
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("check", ["training", "exact", "onnx"])
-def test_the_rest_of_each_row(subject: Subject, check: str) -> None:
-    no_holes(matrix_checks.CHECKS[check](subject))
 
 
 @pytest.fixture(scope="module")
@@ -142,3 +142,16 @@ def test_a_row_that_crashes_is_a_row_with_that_reason(tmp_path: Path) -> None:
     row = support_matrix.measure_apart("no such model", tmp_path)
     assert list(support_matrix.holes(row)) == [("row", "the process ended with 1")]
     assert "✗" in support_matrix.cells(row)
+
+
+def test_the_committed_result_has_its_rows_and_its_page() -> None:
+    data = json.loads(support_matrix.RESULT.read_text())
+    assert list(data["models"]) == list(ROWS)
+    assert len(ROWS) == 30
+    assert sum(map(support_matrix.full, data["models"].values())) >= 27
+    assert len(data["commit"]) == 40
+    assert {"torch", "transformers", "cpu"} <= data["machine"].keys()
+    assert support_matrix.page(data) == support_matrix.DOC.read_text()
+    for row in data["models"].values():
+        for _, reason in support_matrix.holes(row):
+            assert reason in support_matrix.DOC.read_text()
