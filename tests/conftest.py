@@ -1,4 +1,5 @@
-"""Makes the helpers of this folder importable by every test, and undoes what commands do to logging."""
+"""Makes the helpers of this folder importable by every test, gives what they compile a cache folder of its own, and
+undoes what commands do to logging."""
 
 import logging
 import sys
@@ -8,6 +9,13 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
 
 
 @pytest.fixture(autouse=True)

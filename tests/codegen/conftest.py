@@ -1,5 +1,4 @@
-"""Each test compiles from scratch: what Dynamo and the backend know of others is forgotten, Inductor's caches are in a
-folder of the session's own."""
+"""Each test compiles from scratch: what Dynamo and the backend know of others is forgotten."""
 
 from __future__ import annotations
 
@@ -7,13 +6,6 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
-        yield
 
 
 @pytest.fixture(autouse=True)

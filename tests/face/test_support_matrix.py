@@ -27,13 +27,6 @@ FAST = ("bert", "gpt2", "llama", "t5", "vit", "mixtral")
 EVERY = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in ROWS]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _caches_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
-        yield
-
-
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()

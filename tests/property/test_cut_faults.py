@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,13 +27,6 @@ from laconic.codegen.backend.options import Options
 from laconic.ir.dynamo import Refusal
 
 Patch = pytest.MonkeyPatch
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
-        yield
 
 
 Body = Callable[["Blocks", int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
