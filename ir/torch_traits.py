@@ -24,13 +24,15 @@ _METADATA = (
 )
 _IN_PLACE = "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift setitem delitem"
 _HARMLESS = {"_log_api_usage_once"}  # return nothing and do nothing
-#: Functions that write into other operands than their first: which, by position and name.
-_WRITES: dict[Any, tuple[tuple[int, str], ...]] = {
+#: Functions that write statistics, in training: into which operands, by position and name.
+_STATISTICS: dict[Any, tuple[tuple[int, str], ...]] = {
     **dict.fromkeys((functional.batch_norm, functional.instance_norm), ((1, "running_mean"), (2, "running_var"))),
     **dict.fromkeys(
         (torch.batch_norm, torch.instance_norm, torch.native_batch_norm), ((3, "running_mean"), (4, "running_var"))
     ),
 }
+#: The argument of all of these that says whether they do.
+_TRAINING = (5, ("training", "use_input_stats"))
 #: Functions that scale rows of their operand "weight" down if they have this argument.
 _RENORMING = {functional.embedding: 3, functional.embedding_bag: 3}
 
@@ -53,7 +55,8 @@ def written(node: fx.Node) -> list[fx.Node]:
     name, found = _name(node), [node.kwargs.get("out")]
     if name.strip("_") in _IN_PLACE.split() or (name.endswith("_") and not name.endswith("__")) or is_inplace(node):
         found.append(node.args[0] if node.args else node.kwargs.get("input"))
-    found += [argument(node, position, name) for position, name in _WRITES.get(node.target, ())]
+    if node.target in _STATISTICS and not _normalises_by_statistics(node):
+        found += [argument(node, position, name) for position, name in _STATISTICS[node.target]]
     if node.target in _RENORMING and argument(node, _RENORMING[node.target], "max_norm") is not None:
         found.append(argument(node, 1, "weight"))
     operands: list[fx.Node] = []
@@ -86,6 +89,12 @@ def inplace_position(function: Callable[..., Any]) -> int | None:
         return list(inspect.signature(function).parameters).index("inplace")
     except (ValueError, TypeError):  # a builtin tells no signature
         return None
+
+
+def _normalises_by_statistics(node: fx.Node) -> bool:
+    """Whether a normalisation surely reads the statistics that it is given, and leaves them alone."""
+    position, names = _TRAINING
+    return any(argument(node, position, name) is False for name in names)
 
 
 def _name(node: fx.Node) -> str:

@@ -106,12 +106,18 @@ class _State:
 @dataclass
 class PassManager:
     """A pipeline ready to run. `verify_each` and `check_contracts` are on unless switched off for speed; what they did
-    not see is not called verified."""
+    not see is not called verified. With `plans`, one for each pass, nothing is decided again. Raises UsageError for
+    plans of other passes."""
 
     passes: Sequence[Pass]
     verify_each: bool = True
     check_contracts: bool = True
     instruments: Sequence[Instrument] = ()
+    plans: Sequence[Plan] = ()
+
+    def __post_init__(self) -> None:
+        if self.plans and [plan.spec for plan in self.plans] != [item.spec for item in self.passes]:
+            raise UsageError("the plans are those of other passes", where=print_pipeline(self.passes))
 
     def run(self, program: Program, inputs: Sequence[Case] | None = None) -> Run:
         """Run all passes on `program`, inlined; it is left as it is.
@@ -181,7 +187,7 @@ class PassManager:
             instrument.before_pass(position, item, run.program)
         start = time.perf_counter()
         try:
-            plan = self._timed(Phase.PLAN, item.plan, run.program)
+            plan = self.plans[position] if self.plans else self._timed(Phase.PLAN, item.plan, run.program)
             result = self._timed(Phase.APPLY, item.apply, run.program, plan)
             seconds = time.perf_counter() - start
             self._timed(Phase.VERIFY, self._verify, state, item, result)
@@ -190,6 +196,8 @@ class PassManager:
             raise self._blame(problem, position, item, run) from problem
         except Exception as problem:  # a pass that crashes, or leaves what cannot be printed or run
             crash = VerificationError(f"{type(problem).__name__}: {problem}")
+            if self.plans and isinstance(problem, KeyError):
+                crash = VerificationError(f"the program has no {problem}", why="the plan was made for another one")
             raise self._blame(crash, position, item, run) from problem
         sizes = measure(result.program, gap)
         run.ledger.rows.append(

@@ -14,6 +14,17 @@ from laconic.ir.files import read_text
 from laconic.ir.types import is_dense
 from laconic.passes.base import Plan
 
+#: Where a DIR has its plans.
+PLANS = "plans"
+
+
+def read_plans(folder: Path) -> list[Plan]:
+    """The plans of a saved DIR, in order. Raises ModelError if it has none, or for missing or damaged files."""
+    count = len(list((folder / PLANS).glob("*.json")))
+    if not count:
+        raise ModelError("there are no plans", where=str(folder), hint="give a DIR that laconic optimize has written")
+    return [read_plan(folder / PLANS, number) for number in range(1, count + 1)]
+
 
 def write_plan(plan: Plan, folder: Path, number: int) -> None:
     """Write the plan as `<number>.json` (and `.safetensors`) into an existing folder."""

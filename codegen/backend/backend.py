@@ -39,7 +39,7 @@ from laconic.codegen.backend.inductor import (
     runs_on_cpu,
 )
 from laconic.codegen.backend.layouts import hand_over_channels_last
-from laconic.codegen.backend.options import DEFAULT_PIPELINE, Options
+from laconic.codegen.backend.options import Options
 from laconic.codegen.backend.out_of_place import autocast_is_on, out_of_place
 from laconic.codegen.backend.rewrite import rewrite
 from laconic.codegen.backend.snapshots import read_through_copies
@@ -83,7 +83,7 @@ def compile_dynamo(graph: fx.GraphModule, example_inputs: Sequence[Any], options
             frozen = compile_frozen(graph, example_inputs, options, record)
             if frozen is not None:
                 return frozen
-            options = replace(options, freeze=False, pipeline=DEFAULT_PIPELINE)
+            options = options.unfrozen()
         found = guarded(lambda: plan_cut(graph, record), options, record)
         if isinstance(found, Cut):
             show_numbers(found, graph, example_inputs)

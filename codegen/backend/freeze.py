@@ -46,6 +46,7 @@ from laconic.passes.manager import PassManager
 log = logging.getLogger(__name__)
 
 _PARTS = re.compile(r"\['([^']*)'\]|\.(\w+)|\[(\d+)\]")
+_ARGUMENT = re.compile(r"L(?:\['kwargs'\])?\['([a-zA-Z]\w*)'\]")
 _TABLES = {"_modules", "_parameters", "_buffers"}
 
 
@@ -133,7 +134,7 @@ def _compile(
         with record.timed("capture"):
             program = capture_module(whole.module, examples, {}, whole.axes)
         with record.timed("passes"):
-            run = PassManager(options.passes()).run(program)
+            run = PassManager(options.passes(), plans=options.decided()).run(program)
     for row in run.ledger.rows:
         record.rewritten[row.name] = record.rewritten.get(row.name, 0) + row.actions
     log.info("frozen: %s", ", ".join(f"{row.spec}: {row.reason}" for row in run.ledger.rows))
@@ -184,12 +185,13 @@ def hold_weights(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Whole
     known = _Sizes({}, {})
     for k, node in enumerate(placeholders):
         if k not in names and node not in numbers and not isinstance(node.meta["example_value"], torch.SymInt):
-            mapped[node] = graph.placeholder(f"input_{k}")
+            name = _argument_name(node) or f"input_{k}"
+            mapped[node] = graph.placeholder(name)
             given.append(k)
             free = known.axes(node.meta["example_value"], mapped[node])
             if free is None:
                 return Refusal("an input is no tensor, or one whose sizes follow from others", node.name)
-            axes[f"input_{k}"] = free or None
+            axes[name] = free or None
     attributes = {str(n.target): held(n) for n in module.graph.nodes if n.op == "get_attr"}
     for k, node in enumerate(placeholders):
         if k in names:
@@ -238,6 +240,12 @@ def _is_weight(node: fx.Node) -> bool:
     """Whether Dynamo took a tensor from a module, and not from an argument or a global."""
     kept = (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type") == "unguarded"
     return kept and module_source(node) is not None
+
+
+def _argument_name(node: fx.Node) -> str | None:
+    """What a model calls an argument: `x` for L['x'] or L['kwargs']['x']."""
+    found = _ARGUMENT.fullmatch(source_name(node))
+    return found[1] if found else None
 
 
 def _names(nodes: Sequence[fx.Node | None]) -> dict[int, str]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from laconic.ir.errors import UsageError, did_you_mean
-from laconic.passes.base import Contract, Pass
+from laconic.passes.base import Contract, Pass, Plan
 from laconic.passes.pipeline import parse_pipeline
+from laconic.passes.plans import read_plans
 
 #: Exact passes that look at no weight's value: a weight is an input, and may change after compiling.
 DEFAULT_PIPELINE = "simplify{values=no},cse,dce"
@@ -21,12 +24,14 @@ class Options:
     asked for is an error. `inductor`: settings of Inductor.
 
     `freeze`: weights do not change any more; the pipeline, "exact" by default, runs on the graph with its weights, and
-    may hold any pass. "checked" finds also what autograd does not see.
+    may hold any pass. "checked" finds also what autograd does not see. `plan`: a saved DIR, whose plans are done
+    again, on weights that are frozen.
     """
 
     pipeline: str = DEFAULT_PIPELINE
     strict: bool = False
     freeze: bool | str = False
+    plan: str | PathLike[str] | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -39,6 +44,8 @@ class Options:
                 raise UsageError(f"backend 'laconic' has no option {name!r}", hint=did_you_mean(name, known))
         if mode not in (None, "default"):
             values["inductor"] = _of_mode(str(mode)) | dict(values.get("inductor", {}))
+        if values.get("plan") is not None:
+            values = _with_plan(values)
         values.setdefault("pipeline", FROZEN_PIPELINE if values.get("freeze") else DEFAULT_PIPELINE)
         options = cls(**values)
         if not isinstance(options.inductor, Mapping):
@@ -55,6 +62,14 @@ class Options:
         """Whether the contents of frozen weights are compared before every call."""
         return self.freeze == "checked"
 
+    def decided(self) -> list[Plan]:
+        """What passes do, where that is decided already. Raises ModelError for a DIR that has no plans."""
+        return [] if self.plan is None else read_plans(Path(self.plan))
+
+    def unfrozen(self) -> Options:
+        """The same for weights that may change."""
+        return replace(self, freeze=False, plan=None, pipeline=DEFAULT_PIPELINE)
+
     def passes(self) -> list[Pass]:
         """The passes of the pipeline. Raises UsageError for one that looks at weights, or is not exact, unless weights
         are frozen."""
@@ -65,6 +80,15 @@ class Options:
             if item.contract is not Contract.EXACT:
                 raise UsageError(f"{item.spec} is not exact", hint="run it offline: laconic optimize")
         return found
+
+
+def _with_plan(values: dict[str, Any]) -> dict[str, Any]:
+    if "pipeline" in values:
+        raise UsageError("option 'plan' says which passes run, leave out 'pipeline'")
+    if values.setdefault("freeze", True) is False:
+        raise UsageError("option 'plan' is for weights that do not change, leave out 'freeze' or set it")
+    plans = read_plans(Path(values["plan"]))
+    return values | {"pipeline": ",".join(plan.spec for plan in plans)}
 
 
 def _of_mode(mode: str) -> dict[str, Any]:

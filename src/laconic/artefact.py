@@ -34,13 +34,12 @@ from laconic.ir.verify import verify
 from laconic.passes.base import Contract, Plan
 from laconic.passes.contracts import check
 from laconic.passes.ledger import Ledger
-from laconic.passes.plans import write_plan
+from laconic.passes.plans import PLANS, write_plan
 from laconic.schema import finite
 from laconic.version import __version__
 
 RECIPE = "recipe.yaml"
 LEDGER = "ledger.json"
-PLANS = "plans"
 
 #: The version of the DIR that this laconic writes and reads.
 FORMAT = 1

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from laconic.artefact import LEDGER, PLANS, RECIPE, read_recipe, states
+from laconic.artefact import LEDGER, RECIPE, read_recipe, states
 from laconic.ir.errors import LaconicError, ModelError, UsageError
 from laconic.ir.files import read_text
 from laconic.ir.program import Program
 from laconic.ir.store import PROGRAM, read_program
 from laconic.passes.base import Plan
 from laconic.passes.ledger import Ledger, Row, Sizes
-from laconic.passes.plans import read_plan
+from laconic.passes.plans import PLANS, read_plan
 
 log = logging.getLogger(__name__)
 

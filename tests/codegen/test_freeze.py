@@ -4,18 +4,25 @@ may change at any time."""
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from compiled import Stack, drawn, made, same
+import laconic
+from compiled import WIDTH, Stack, drawn, made, same
 from laconic.codegen import stats
 from laconic.codegen.backend import freeze
 from laconic.codegen.backend.options import Options
-from laconic.ir.errors import UsageError
+from laconic.ir.errors import ModelError, UsageError
+from laconic.passes.cse import Cse
+from laconic.passes.dce import Dce
+from laconic.passes.dedup import Dedup
+from laconic.passes.simplify import Simplify
 
 FROZEN: dict[str, Any] = {"freeze": True, "strict": True}
 
@@ -232,6 +239,70 @@ def test_what_cannot_be_frozen_is_refused() -> None:
     with torch.no_grad():
         assert mine(store[:4], store[2:6]).tolist() == [6.0, 8.0, 8.0, 10.0]
     assert list(stats()["fallbacks"]) == ["not frozen: an input is written into that shares memory with another"]
+
+
+# Plans that were made offline
+
+
+class Wordy(Stack):
+    """Blocks with a constant to fold behind each, and a head that is said twice."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x) + torch.zeros(WIDTH)
+        return self.head(x) + self.head(x)
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("planned") / "out"
+    return laconic.optimize(made(Wordy).eval(), inputs={"x": drawn()}).save(folder)
+
+
+def test_a_plan_is_done_again_and_nothing_is_decided(planned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def decides(*_: Any) -> Any:
+        raise AssertionError("a pass decides again")
+
+    for item in (Simplify, Dedup, Cse, Dce):
+        monkeypatch.setattr(item, "plan", decides)
+    model = made(Wordy).eval()
+    with torch.no_grad():
+        same(compiled(model, plan=planned, strict=True)(drawn()), model(drawn()), 1e-5)
+    ledger = json.loads((planned / "ledger.json").read_text())
+    done = {row["name"]: row["actions"] for row in ledger["passes"]}
+    assert stats()["each"][0]["rewritten"] == done
+    assert (done["simplify"], done["cse"]) == (5, 1)
+
+
+def test_a_plan_freezes(planned: Path) -> None:
+    model = made(Wordy).eval()
+    mine = compiled(model, plan=planned, strict=True)
+    with torch.no_grad():
+        mine(drawn())
+        model.head.weight.mul_(2)
+        with pytest.raises(UsageError, match=r"head\.weight.* was written into"):
+            mine(drawn())
+
+
+def test_the_plan_of_another_program(planned: Path) -> None:
+    model = made(Stack).eval()
+    with torch.no_grad():
+        same(compiled(model, plan=planned)(drawn()), model(drawn()), 1e-5)
+        (why,) = stats()["fallbacks"]
+        assert "the pass 'simplify' failed: the program has no 'zeros_" in why
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match="the program has no 'zeros_"):
+            compiled(model, plan=planned, strict=True)(drawn())
+
+
+def test_what_does_not_go_with_a_plan(planned: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="leave out 'pipeline'"):
+        Options.of({"plan": planned, "pipeline": "cse"})
+    with pytest.raises(UsageError, match="weights that do not change"):
+        Options.of({"plan": planned, "freeze": False})
+    with pytest.raises(ModelError, match="no plans"):
+        Options.of({"plan": tmp_path})
+    assert Options.of({"plan": planned, "freeze": "checked"}).checked
 
 
 @pytest.mark.parametrize("value", ["always", 2, None])
