@@ -18,11 +18,16 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.nn import functional
 
 #: Methods and functions that change what a tensor is rather than what it holds.
-_METADATA = (
-    "t_ resize_ resize_as_ set_ squeeze_ unsqueeze_ transpose_ swapaxes_ swapdims_ as_strided_ requires_grad_ detach_"
-    " rename_ retain_grad register_hook share_memory_ apply_ map_ map2_"
-)
-_IN_PLACE = "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift setitem delitem"
+_METADATA = {
+    *("t_", "squeeze_", "unsqueeze_", "transpose_", "swapaxes_", "swapdims_", "as_strided_", "rename_"),
+    *("resize_", "resize_as_", "set_", "requires_grad_", "retain_grad", "register_hook", "detach_", "share_memory_"),
+    *("apply_", "map_", "map2_"),
+}
+_IN_PLACE = {
+    *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"),
+    *("ilshift", "irshift", "setitem", "delitem"),
+}
+_KEYWORDS = {operator.and_, operator.or_, operator.not_, operator.is_}  # an underscore for Python's sake
 _HARMLESS = {"_log_api_usage_once"}  # return nothing and do nothing
 #: Functions that write statistics, in training: into which operands, by position and name.
 _STATISTICS: dict[Any, tuple[tuple[int, str], ...]] = {
@@ -42,7 +47,7 @@ def changes_metadata(node: fx.Node) -> bool:
     for its operand is then already the changed one."""
     if isinstance(node.target, OpOverload):
         return torch.Tag.inplace_view in node.target.tags
-    return _name(node) in _METADATA.split()
+    return _name(node) in _METADATA
 
 
 def written(node: fx.Node) -> list[fx.Node]:
@@ -53,7 +58,8 @@ def written(node: fx.Node) -> list[fx.Node]:
     if isinstance(node.target, (OpOverload, OpOverloadPacket)):
         return list(dict.fromkeys(operand for operand in _by_schema(node) if isinstance(operand, fx.Node)))
     name, found = _name(node), [node.kwargs.get("out")]
-    if name.strip("_") in _IN_PLACE.split() or (name.endswith("_") and not name.endswith("__")) or is_inplace(node):
+    in_place = name.endswith("_") and not name.endswith("__") and node.target not in _KEYWORDS
+    if in_place or name.strip("_") in _IN_PLACE or is_inplace(node):
         found.append(node.args[0] if node.args else node.kwargs.get("input"))
     if node.target in _STATISTICS and not _normalises_by_statistics(node):
         found += [argument(node, position, name) for position, name in _STATISTICS[node.target]]

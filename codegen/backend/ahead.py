@@ -24,28 +24,35 @@ from laconic.ir.listing import Repeat, SlotKind
 from laconic.ir.torch_private import ops_called
 from laconic.ir.torch_traits import written
 
-
-def first_blocks_completed(reading: Reading, repeats: list[Repeat]) -> int:
-    """Move such calls, in the graph that was read. How many were moved; if any, the reading holds no more."""
-    return sum(_complete(reading, repeat) for repeat in repeats)
+#: A position, and those of the calls that are to stand in front of it.
+Move = tuple[int, list[int]]
 
 
-def _complete(reading: Reading, repeat: Repeat) -> int:
+def moves_that_complete_first_blocks(reading: Reading, repeats: list[Repeat]) -> list[Move]:
+    """Where such calls stand, and where they should."""
+    found = (_completing(reading, repeat) for repeat in repeats)
+    return [move for move in found if move is not None]
+
+
+def move(reading: Reading, moves: list[Move]) -> None:
+    """Make these moves in the graph that was read; the reading holds no more."""
+    for first, others in moves:
+        place = reading.nodes[first]
+        for position in others:
+            node = reading.nodes[position]
+            for operand in node.all_input_nodes:
+                if operand.op == "get_attr":
+                    place.prepend(operand)
+            place.prepend(node)
+
+
+def _completing(reading: Reading, repeat: Repeat) -> Move | None:
     block = _block_before(reading, repeat)
     if not block:
-        return 0
+        return None
     first, start = block[0], repeat.starts[0]
     others = sorted(set(range(first, start)).difference(block))
-    if not others or not _movable(reading, block, others):
-        return 0
-    place = reading.nodes[first]
-    for position in others:
-        node = reading.nodes[position]
-        for operand in node.all_input_nodes:
-            if operand.op == "get_attr":
-                place.prepend(operand)
-        place.prepend(node)
-    return len(others)
+    return (first, others) if others and _movable(reading, block, others) else None
 
 
 def _block_before(reading: Reading, repeat: Repeat) -> list[int]:

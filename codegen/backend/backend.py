@@ -9,10 +9,12 @@ counted (`stats`), and the untouched graph is compiled; with `strict` it is an e
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -21,7 +23,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from laconic.codegen.backend.ahead import first_blocks_completed
+from laconic.codegen.backend.ahead import move, moves_that_complete_first_blocks
 from laconic.codegen.backend.cut import Cut, Piece, cut
 from laconic.codegen.backend.driver import Boxed, drive
 from laconic.codegen.backend.inductor import (
@@ -44,11 +46,20 @@ from laconic.codegen.backend.out_of_place import autocast_is_on, out_of_place
 from laconic.codegen.backend.rewrite import rewrite
 from laconic.codegen.backend.snapshots import read_through_copies
 from laconic.codegen.backend.stats import GraphRecord, first_time, forget, new_record
-from laconic.ir.dynamo import Refusal, numbers_beside_their_use, obstacle, parts_beside_their_tuple, read_dynamo
+from laconic.ir.dynamo import (
+    Reading,
+    Refusal,
+    numbers_beside_their_use,
+    obstacle,
+    parts_beside_their_tuple,
+    read_dynamo,
+    value_of,
+)
 from laconic.ir.errors import MissingDependencyError, UsageError, VerificationError
 from laconic.ir.logs import configure_from_environment
 from laconic.ir.program import copy_graph
 from laconic.ir.repeats import find_repeats
+from laconic.ir.torch_traits import written
 
 log = logging.getLogger(__name__)
 
@@ -115,29 +126,59 @@ def _copies_in_the_whole(graph: fx.GraphModule, record: GraphRecord) -> None:
 
 
 def plan_cut(module: fx.GraphModule, record: GraphRecord) -> Cut | Refusal:
-    """Find what is repeated, on a copy of the graph, and cut it there. Compiles nothing."""
-    with record.timed("search"):
+    """Find what is repeated and cut the graph there. Leaves it as it is, and compiles nothing."""
+    with record.timed("search"), _without_collecting():
         training = torch.is_grad_enabled()
-        graph = copy_graph(module.graph)
-        parts_beside_their_tuple(graph)
-        numbers_beside_their_use(graph)
-        refused = obstacle(graph)
-        if refused is not None:
-            return refused
-        record.out_of_place = out_of_place(graph, training, autocast_is_on(graph))
-        if training:
-            record.copies = read_through_copies(graph)
+        graph = module.graph
+        if not _is_plain(graph):
+            refused = obstacle(graph)
+            if refused is not None:
+                return refused
+            graph = copy_graph(graph)
+            parts_beside_their_tuple(graph)
+            numbers_beside_their_use(graph)
+            record.out_of_place = out_of_place(graph, training, autocast_is_on(graph))
+            if training:
+                record.copies = read_through_copies(graph)
         reading = read_dynamo(graph, training)
         if isinstance(reading, Refusal):
             return reading
         repeats = find_repeats(reading.listing)
-        if first_blocks_completed(reading, repeats):
-            reading = read_dynamo(graph, training)
-            assert not isinstance(reading, Refusal)
+        moves = moves_that_complete_first_blocks(reading, repeats)
+        if moves:
+            graph = copy_graph(graph)
+            move(_read(graph, training), moves)
+            reading = _read(graph, training)
             repeats = find_repeats(reading.listing)
         record.nodes = len(reading.nodes)
         found = cut(graph, reading, repeats)
     return found
+
+
+def _is_plain(graph: fx.Graph) -> bool:
+    """Whether a graph holds none of what is said otherwise before it is read: tuples, numbers, writes."""
+    calls = (node for node in graph.nodes if node.op in ("call_function", "call_method"))
+    return not any(isinstance(value_of(node), (list, tuple, torch.SymFloat)) or written(node) for node in calls)
+
+
+def _read(graph: fx.Graph, training: bool) -> Reading:
+    """Read a graph that says what was read before."""
+    reading = read_dynamo(graph, training)
+    assert isinstance(reading, Reading)
+    return reading
+
+
+@contextmanager
+def _without_collecting() -> Iterator[None]:
+    """Without Python's collector of cycles: planning makes many small objects and few cycles, and a collection in its
+    midst goes through all that Dynamo has made."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def show_numbers(found: Cut, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> None:

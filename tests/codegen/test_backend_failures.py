@@ -32,12 +32,29 @@ def fault(*args: Any, **kwargs: Any) -> Any:
     raise FaultError("planted")
 
 
-#: Step -> where the fault is planted.
-BEFORE = {
+class Updated(Stack):
+    """The stream is updated in place, which is said otherwise before the graph is read."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        for block in self.blocks:
+            x = block(x).add_(1)
+        return self.head(x)
+
+
+#: Steps that only a graph of another form takes.
+PREPARING = {
+    "parts": (backend, "parts_beside_their_tuple"),
+    "numbers": (backend, "numbers_beside_their_use"),
     "out of place": (backend, "out_of_place"),
+    "copies": (backend, "read_through_copies"),
+}
+#: Step -> where the fault is planted.
+BEFORE = PREPARING | {
     "read": (backend, "read_dynamo"),
     "search": (backend, "find_repeats"),
+    "moves": (backend, "moves_that_complete_first_blocks"),
     "cut": (backend, "cut"),
+    "layouts": (backend, "hand_over_channels_last"),
     "settings": (backend, "piece_settings"),
     "context": (backend, "fresh_context"),
     "one piece": (backend, "_compile_piece"),
@@ -51,7 +68,7 @@ def test_a_step_around_the_pieces(step: str, monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.setattr(*BEFORE[step], fault)
     given: list[Any] = []
     monkeypatch.setattr(backend, "compile_graph", lambda graph, *args: given.append(graph) or graph.forward)
-    model = made(Stack)
+    model = made(Updated if step in PREPARING else Stack)
     other = copy.deepcopy(model)
     call = torch.compile(model, backend="laconic")
     with caplog.at_level(logging.WARNING, "laconic"):

@@ -65,6 +65,7 @@ CALLS: list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]] = [
     ("dunder that does not write", "__add__", (t(), t()), {}),
     ("operator", operator.add, (t(), t()), {}),
     ("operator in place", operator.iadd, (t(), t()), {}),
+    ("operator with a keyword's name", operator.and_, (t() > 0, t() > 1), {}),
     ("item", operator.setitem, (t(), 0, t(3)), {}),
     ("method item", "__setitem__", (t(), 0, t(3)), {}),
     ("index_copy_", "index_copy_", (t(), 0, ids, t()), {}),
