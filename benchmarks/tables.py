@@ -205,13 +205,20 @@ TABLES = {
 }
 
 
+PAGES = (ROOT / "README.md", ROOT / "docs/torch-compile.md")
+
+
+def filled(text: str) -> str:
+    """A page with its tables as the results say."""
+    for name, table in TABLES.items():
+        pattern = rf"(<!-- table:{name} -->\n).*?(<!-- /table -->)"
+        text = re.sub(pattern, lambda m, table=table: f"{m[1]}{table()}\n{m[2]}", text, flags=re.DOTALL)
+    return text
+
+
 def main() -> None:
-    for page in (ROOT / "README.md", ROOT / "docs/torch-compile.md"):
-        text = page.read_text()
-        for name, table in TABLES.items():
-            pattern = rf"(<!-- table:{name} -->\n).*?(<!-- /table -->)"
-            text = re.sub(pattern, lambda m, table=table: f"{m[1]}{table()}\n{m[2]}", text, flags=re.DOTALL)
-        page.write_text(text)
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))
 
 
 if __name__ == "__main__":

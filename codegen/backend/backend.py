@@ -33,6 +33,7 @@ from laconic.codegen.backend.inductor import (
     boxed,
     cache_hits,
     compile_graph,
+    convolves_channels_last,
     fresh_context,
     has_compiler,
     is_wrapped_number,
@@ -206,7 +207,8 @@ def compile_pieces(
 ) -> list[Boxed]:
     """Compile each piece once, all their C++ kernels in one unit."""
     record.repeats = [(r.period, r.count, len(r.slots), len(r.outputs)) for r in found.repeats]
-    record.channels_last = hand_over_channels_last(found)
+    if convolves_channels_last(settings):
+        record.channels_last = hand_over_channels_last(found)
     functions: list[Boxed] = []
     with one_unit(record, attempt):
         for piece in found.pieces:

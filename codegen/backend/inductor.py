@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -81,6 +81,12 @@ def has_compiler() -> bool:
 
 def runs_on_cpu(examples: Sequence[Any]) -> bool:
     return any(isinstance(value, torch.Tensor) and value.device.type == "cpu" for value in examples)
+
+
+def convolves_channels_last(settings: Mapping[str, Any]) -> bool:
+    """Whether Inductor computes convolutions on the CPU in channels-last order."""
+    chosen = settings.get("layout_optimization", config.layout_optimization)
+    return bool(chosen and torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available())
 
 
 def cache_hits() -> dict[str, int]:

@@ -79,12 +79,14 @@ def _convolves(piece: Piece) -> bool:
 
 
 def _turns(value: Any) -> bool:
-    """Whether a value lies otherwise in channels-last order. Looks at fixed sizes only: others would be guarded on."""
+    """Whether a value on the CPU lies otherwise in channels-last order. Looks at fixed sizes only: others would be
+    guarded on."""
     return (
         isinstance(value, torch.Tensor)
         and value.dim() == 4
         and value.is_floating_point()
         and value.layout == torch.strided
+        and value.device.type == "cpu"
         and all(type(size) is int for size in (*value.shape, *value.stride()))
         and value.is_contiguous()
         and not value.is_contiguous(memory_format=torch.channels_last)

@@ -126,6 +126,11 @@ def test_sizes_that_are_not_known_stay_as_they_are() -> None:
     assert {each["channels_last"] for each in stats()["each"]} == {0}
 
 
+def test_where_inductor_turns_nothing() -> None:
+    found = check(made(Picture).eval(), image(), grad=False, tolerance=2e-5, inductor={"layout_optimization": False})
+    assert found["each"][0]["channels_last"] == 0
+
+
 def test_a_saved_program(tmp_path: Any) -> None:
     module = made(Picture).eval()
     laconic.optimize(module, inputs={"x": image()}).save(tmp_path / "DIR")

@@ -1,0 +1,68 @@
+"""The committed results hold what is promised of them, and the pages show them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "benchmarks")]
+
+import tables  # noqa: E402
+import training  # noqa: E402
+
+
+def result(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+    assert {"torch", "cpu"} <= found["machine"].keys()
+    return found
+
+
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
+def test_pages_show_the_results(page: Path) -> None:
+    assert tables.filled(page.read_text()) == page.read_text(), "make tables"
+
+
+def test_seconds_to_the_first_result() -> None:
+    found = result("compile_time")
+    inference, training = found["inference"], found["training"]
+    for depth, allowed in (("24", 0.30), ("48", 0.22), ("80", 0.20)):
+        assert inference[depth]["compiled"]["ratio"] <= allowed
+        assert inference[depth]["compiled"]["cpu_seconds"] < inference[depth]["inductor-deduplicated"]["cpu_seconds"]
+    at = inference["24"]
+    assert at["compiled"]["cpu_seconds"] <= 1.25 * at["regional"]["cpu_seconds"]
+    assert at["compiled"]["backend_cpu_seconds"] <= 1.2 * inference["2"]["compiled"]["backend_cpu_seconds"]
+    assert training["24"]["compiled"]["ratio"] <= 0.30
+    assert training["24"]["compiled"]["gradients_right"]
+
+
+def test_steady_latency_and_memory() -> None:
+    found = result("compile_latency")
+    assert len(found["models"]) == 8
+    assert found["geometric_mean"]["compiled"] <= 1.03
+    assert max(row["ratio"]["compiled"][1] for row in found["models"].values()) <= 1.08
+    assert found["training_step"]["ratio"]["compiled"][1] <= 1.10
+    for mode, allowed in (("inference", 1.05), ("training", 1.10)):
+        assert found["peak_bytes"][mode]["compiled"] <= allowed * found["peak_bytes"][mode]["inductor"]
+
+
+def test_a_second_process() -> None:
+    warm = result("load_time")["warm"]
+    assert warm["after a trivial function"]["laconic"]["backend_ratio"][1] <= 0.6
+    for found in warm.values():
+        assert found["laconic"]["ratio"][1] <= 1.05
+        assert found["load"]["ratio"][1] <= 0.5
+
+
+def test_losses_of_two_hundred_steps() -> None:
+    found = result("training")
+    assert found["models"].keys() == training.MODELS.keys()
+    assert found["steps"] == 200
+    for row in found["models"].values():
+        assert row["losses"][1] < 0.9 * row["losses"][0]
+        assert row["largest_relative_difference"] < max(1e-5, 20 * row["last_bit_of_one_weight"])
+        assert row["dropout"]["standard_errors_apart"] < 3.5
