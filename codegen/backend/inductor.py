@@ -86,7 +86,8 @@ def runs_on_cpu(examples: Sequence[Any]) -> bool:
 def convolves_channels_last(settings: Mapping[str, Any]) -> bool:
     """Whether Inductor computes convolutions on the CPU in channels-last order."""
     chosen = settings.get("layout_optimization", config.layout_optimization)
-    return bool(chosen and torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available())
+    mkldnn: Any = torch.backends.mkldnn
+    return bool(chosen and mkldnn.enabled and mkldnn.is_available())
 
 
 def cache_hits() -> dict[str, int]:
