@@ -106,13 +106,16 @@ def compile_time() -> str:
         row = training[step][way]
         right = "right" if row["gradients_right"] else f"**wrong**, {row['gradient_error']:.2g} x"
         lines.append(f"| {label} | {' | '.join(cells)} | {_seconds(row)} | {right} |")
-    where = f"{data['machine']['cpu']}, one thread, torch {data['machine']['torch']}"
     note = (
         "A Llama-shaped model of width 256, in a process of its own with empty caches; median of "
         f"{len(inference[depths[0]]['inductor']['each'])}. Gradients: the largest error of a parameter's, relative to "
-        f"its largest value. {where}."
+        f"its largest value. {_where(data)}"
     )
     return "\n".join([*lines, "", note])
+
+
+def _where(data: dict[str, Any]) -> str:
+    return f"{data['machine']['cpu']}, one thread, torch {data['machine']['torch']}."
 
 
 def _seconds(row: dict[str, Any]) -> str:
@@ -142,7 +145,7 @@ def compile_latency() -> str:
     note = (
         f"Medians of pairs of calls in one process, {data['pairs']} of each model. Peak memory of a call over "
         f"Inductor's: {memory}. "
-        f"{data['machine']['cpu']}, one thread, torch {data['machine']['torch']}."
+        f"{_where(data)}"
     )
     return "\n".join([*lines, "", note])
 
@@ -164,7 +167,7 @@ def load_time() -> str:
     note = (
         f"{data['model']['layers']} layers of Llama in a new process, median of {data['repeats']} (over Inductor's of "
         f"the same turn). Of torch.compile's seconds most are Dynamo's; those inside the backend are {backend} of "
-        f"Inductor's. {data['machine']['cpu']}, one thread, torch {data['machine']['torch']}."
+        f"Inductor's. {_where(data)}"
     )
     return "\n".join([*lines, "", note])
 
@@ -184,7 +187,7 @@ def training() -> str:
     note = (
         f"{data['steps']} Adam steps against eager: the largest relative difference of a loss, beside that of eager "
         f"against itself with one weight moved by its last bit; with dropout, the mean loss of the last quarter over "
-        f"{seeds} seeds each (Welch). {data['machine']['cpu']}, one thread, torch {data['machine']['torch']}."
+        f"{seeds} seeds each (Welch). {_where(data)}"
     )
     return "\n".join([*lines, "", note])
 
