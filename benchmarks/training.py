@@ -3,7 +3,8 @@
     python benchmarks/training.py benchmarks/results/training.json
 
 Without dropout, same seed and data: the largest relative difference of the losses, step by step; beside it what a
-change in the last bit of one weight does to eager's own curve, since any other order of sums does as much. With
+change in the last bit of weights does to eager's own curve, since any other order of sums does as much (training is
+chaotic: rounding grows by orders of magnitude in 200 steps), and Inductor's difference. With
 dropout, whose draws differ: the loss over the last quarter of the steps, by several seeds, as a difference of means in
 units of its standard error (Welch). The graph must have been rolled, in training too.
 """
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+NUDGES = 6
 STEPS, SEEDS, LAYERS, WIDTH, HEADS, VOCABULARY, BATCH, LENGTH = 200, 8, 6, 32, 4, 48, 8, 16
 
 
@@ -39,19 +41,31 @@ def main(out: Path) -> None:
 def measure(build: Callable[[float], nn.Module], steps: int = STEPS, seeds: int = SEEDS) -> dict[str, Any]:
     """The figures of one model, which is built for a dropout."""
     print(build.__name__, file=sys.stderr, flush=True)
-    eager, mine, nudged = (copy.deepcopy(made(build, 0.0)) for _ in range(3))
-    with torch.no_grad():
-        weight = next(w for w in nudged.parameters() if w.dim() > 1)
-        weight.view(-1)[0] = torch.nextafter(weight.view(-1)[0], torch.tensor(float("inf")))
+    start = made(build, 0.0)
+    eager, mine, other = (copy.deepcopy(start) for _ in range(3))
     wanted = curve(eager, eager, steps)
     found = curve(mine, compiled(mine), steps)
+    counts = rolled()
+    nudges = [nudged(start, seed) for seed in range(NUDGES)]
     return {
         "losses": [wanted[0], wanted[-1]],
         "largest_relative_difference": largest(found, wanted),
-        "last_bit_of_one_weight": largest(curve(nudged, nudged, steps), wanted),
-        **rolled(),
+        "inductor": largest(curve(other, torch.compile(other), steps), wanted),
+        "last_bits_of_weights": [largest(curve(model, model, steps), wanted) for model in nudges],
+        **counts,
         "dropout": with_dropout(build, steps, seeds),
     }
+
+
+def nudged(model: nn.Module, seed: int) -> nn.Module:
+    """The model with every second number of its weights, by chance, moved by its last bit."""
+    other = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in other.parameters():
+            moved = torch.nextafter(weight, torch.full_like(weight, torch.inf))
+            weight.copy_(torch.where(torch.randint(2, weight.shape, generator=generator).bool(), moved, weight))
+    return other
 
 
 def with_dropout(build: Callable[[float], nn.Module], steps: int, seeds: int) -> dict[str, Any]:
