@@ -186,7 +186,18 @@ def _stretches(repeats: list[Repeat], reading: Reading) -> Iterator[_Stretch]:
         if start in starting:
             repeat, k = starting[start]
             position = start + repeat.period
-            yield _Stretch(start, position, repeat.outputs, id(repeat), tuple(slot[k] for slot in repeat.slots))
+            outputs = _worth_their_gradient(repeat.outputs, start, listing.outputs(start, repeat.period), reading)
+            bound = tuple(slot[k] for slot in repeat.slots)
+            yield _Stretch(start, position, outputs, (id(repeat), outputs), bound)
+
+
+def _worth_their_gradient(outputs: tuple[int, ...], start: int, used: set[int], reading: Reading) -> tuple[int, ...]:
+    """The outputs of a block; without those that are not used here, if one of them requires gradients: what it was
+    made of would get gradients of zero in place of none, which an optimizer with weight decay takes for a step."""
+    unused = [reading.nodes[start + offset] for offset in outputs if offset not in used]
+    if reading.recording and any(getattr(value_of(node), "requires_grad", False) for node in unused):
+        return tuple(offset for offset in outputs if offset in used)
+    return outputs
 
 
 def _piece(reading: Reading, positions: range, slots: list[fx.Node], outputs: list[int]) -> Piece:

@@ -195,12 +195,14 @@ def hold_weights(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Whole
     attributes = {str(n.target): held(n) for n in module.graph.nodes if n.op == "get_attr"}
     for k, node in enumerate(placeholders):
         if k in names:
+            if example_inputs[k].is_inference():
+                return Refusal("a weight was made under torch.inference_mode", names[k])
             attributes[names[k]] = example_inputs[k]
             mapped[node] = graph.get_attr(names[k])
         elif node not in mapped and node not in numbers:
             place = known.places.get(expression(node.meta["example_value"]))
             if place is None:
-                return Refusal("a whole number is an input", node.name)
+                return Refusal("an input is a whole number, or has a stride, that varies and no size tells", node.name)
             mapped[node] = graph.call_method("size", place)
     for node in module.graph.nodes:
         if node.op == "call_method" and node.target == "item" and node.args[0] in numbers:

@@ -57,14 +57,12 @@ def _candidates(found: Cut) -> tuple[dict[fx.Node, set[Port]], dict[Port, set[fx
                     places.setdefault(node, set()).add((kind, step.piece, number))
                     bound.setdefault((kind, step.piece, number), set()).add(node)
     convolving = {number for number, piece in enumerate(found.pieces) if _convolves(piece)}
-    returned = found.graph.output_node().all_input_nodes
-    changing = _changing(found)
+    seen = {*found.graph.find_nodes(op="placeholder"), *found.graph.output_node().all_input_nodes}
+    kept = _changing(found) | {memory(node) for node in seen} - {None}
     free = {
         node: where
         for node, where in places.items()
-        if any(kind == "out" for kind, _, _ in where)
-        and node not in returned
-        and (not changing or memory(node) not in changing)
+        if node not in seen and any(kind == "out" for kind, _, _ in where) and memory(node) not in kept
     }
     fitting = {
         port: nodes
@@ -79,8 +77,8 @@ def _convolves(piece: Piece) -> bool:
 
 
 def _turns(value: Any) -> bool:
-    """Whether a value on the CPU lies otherwise in channels-last order. Looks at fixed sizes only: others would be
-    guarded on."""
+    """Whether a value on the CPU lies otherwise in channels-last order, and a copy of it at the ends of a piece would
+    keep its gradient. Looks at fixed sizes only: others would be guarded on."""
     return (
         isinstance(value, torch.Tensor)
         and value.dim() == 4
@@ -88,13 +86,15 @@ def _turns(value: Any) -> bool:
         and value.layout == torch.strided
         and value.device.type == "cpu"
         and all(type(size) is int for size in (*value.shape, *value.stride()))
+        and (torch.is_grad_enabled() or not value.requires_grad)
         and value.is_contiguous()
         and not value.is_contiguous(memory_format=torch.channels_last)
     )
 
 
 def _changing(found: Cut) -> set[int | None]:
-    """The memory that steps write into: its values must stay the memory that they are."""
+    """The memory that steps write into. Its values must stay the memory that they are, as must those whose memory a
+    caller sees."""
     slots: dict[int, list[int]] = {}
     for number, piece in enumerate(found.pieces):
         calls = [node for node in piece.graph.graph.nodes if node.op in ("call_function", "call_method")]
@@ -110,17 +110,17 @@ def _turned(piece: Piece, slots: list[int], outputs: list[int]) -> Piece:
     inputs = graph.find_nodes(op="placeholder")
     first = next(node for node in graph.nodes if node.op != "placeholder")
     for slot in slots:
-        examples[slot] = inputs[slot].meta["example_value"] = _channels_last(examples[slot])
         with graph.inserting_before(first):
-            inside = graph.call_method("contiguous", (inputs[slot],))
+            inside = graph.call_function(torch.ops.aten.contiguous.default, (inputs[slot],))
+        inside.meta["example_value"] = examples[slot]
+        examples[slot] = inputs[slot].meta["example_value"] = _channels_last(examples[slot])
         inputs[slot].replace_all_uses_with(inside, delete_user_cb=lambda user, inside=inside: user is not inside)
     end = graph.output_node()
     results: Any = list(end.args[0])  # type: ignore[arg-type]
     with graph.inserting_before(end):
         for output in outputs:
-            turned = graph.call_method("contiguous", (results[output],))
-            turned.kwargs = {"memory_format": torch.channels_last}
-            results[output] = turned
+            results[output] = graph.call_function(torch.ops.aten.contiguous.default, (results[output],))
+            results[output].kwargs = {"memory_format": torch.channels_last}
     end.args = (tuple(results),)
     piece.graph.recompile()
     return replace(piece, examples=tuple(examples))

@@ -8,6 +8,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch._inductor
+
 from laconic.ir.errors import UsageError, did_you_mean
 from laconic.passes.base import Contract, Pass, Plan
 from laconic.passes.pipeline import parse_pipeline
@@ -48,14 +51,23 @@ class Options:
             values = _with_plan(values)
         values.setdefault("pipeline", FROZEN_PIPELINE if values.get("freeze") else DEFAULT_PIPELINE)
         options = cls(**values)
-        if not isinstance(options.inductor, Mapping):
-            raise UsageError(f"option 'inductor' is a dict of Inductor's settings, not {options.inductor!r}")
-        if not isinstance(options.strict, bool):
-            raise UsageError(f"option 'strict' is True or False, not {options.strict!r}")
-        if options.freeze not in (True, False, "checked"):
-            raise UsageError(f"option 'freeze' is True, False or 'checked', not {options.freeze!r}")
+        options._check()
         options.passes()
         return options
+
+    def _check(self) -> None:
+        if not isinstance(self.inductor, Mapping):
+            raise UsageError(f"option 'inductor' is a dict of Inductor's settings, not {self.inductor!r}")
+        if not isinstance(self.strict, bool):
+            raise UsageError(f"option 'strict' is True or False, not {self.strict!r}")
+        if not (isinstance(self.freeze, bool) or self.freeze == "checked"):
+            raise UsageError(f"option 'freeze' is True, False or 'checked', not {self.freeze!r}")
+        if not isinstance(self.pipeline, str):
+            raise UsageError(f"option 'pipeline' is text, such as 'cse,dce', not {self.pipeline!r}")
+        for name in self.inductor:
+            known = torch._inductor.list_options()
+            if name.replace("-", "_") not in known:
+                raise UsageError(f"Inductor has no setting {name!r}", hint=did_you_mean(name, known))
 
     @property
     def checked(self) -> bool:
@@ -87,13 +99,13 @@ def _with_plan(values: dict[str, Any]) -> dict[str, Any]:
         raise UsageError("option 'plan' says which passes run, leave out 'pipeline'")
     if values.setdefault("freeze", True) is False:
         raise UsageError("option 'plan' is for weights that do not change, leave out 'freeze' or set it")
+    if not isinstance(values["plan"], (str, PathLike)):
+        raise UsageError(f"option 'plan' is the path of a saved DIR, not {values['plan']!r}")
     plans = read_plans(Path(values["plan"]))
     return values | {"pipeline": ",".join(plan.spec for plan in plans)}
 
 
 def _of_mode(mode: str) -> dict[str, Any]:
-    import torch._inductor
-
     known = torch._inductor.list_mode_options()
     if mode not in known:
         raise UsageError(f"there is no mode {mode!r}", hint=did_you_mean(mode, known))

@@ -194,7 +194,7 @@ class CompiledModel(Runnable):
         rows = self._entry.weight_nodes()
         kinds = {name: type_of(node.meta["val"]) for name, node in rows.items()}
         self._row_types = {name: kind for name, kind in kinds.items() if isinstance(kind, TensorType)}
-        self._seen: list[tuple[int, int]] = []
+        self._seen: list[tuple[Any, ...]] = []
         self._compiled = CompiledEntry(outlined, self._entry.name, options, record)
 
     @property
@@ -220,7 +220,7 @@ class CompiledModel(Runnable):
     def _as_compiled(self, rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Rows with the strides that was compiled for: itself, or a copy where one was replaced by another. Raises
         UsageError for a row of another type."""
-        seen = [(id(row), row.data_ptr()) for row in rows.values()]
+        seen = [(id(row), row.data_ptr(), row.dtype, row.shape, row.stride()) for row in rows.values()]
         if seen == self._seen:
             return rows
         laid_out = {name: self._like(kind, name, rows[name]) for name, kind in self._row_types.items()}

@@ -36,6 +36,24 @@ def _(value: torch.Tensor) -> torch.Tensor:
     return value.clone()
 
 
+@torch.library.custom_op("laconic::snapshot_as_it_lies", mutates_args=())
+def snapshot_as_it_lies(value: torch.Tensor) -> torch.Tensor:
+    """A copy of a tensor with gaps or overlaps (a column, an expanded row), with the same strides."""
+    return _span(value).clone().as_strided(value.shape, value.stride())
+
+
+@snapshot_as_it_lies.register_fake
+def _(value: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(_span(value)).as_strided(value.shape, value.stride())
+
+
+def _span(value: torch.Tensor) -> torch.Tensor:
+    """All memory from the first to the last element, as one axis."""
+    pairs = zip(value.shape, value.stride(), strict=True)
+    length = 0 if any(size == 0 for size in value.shape) else 1 + sum((size - 1) * stride for size, stride in pairs)
+    return value.as_strided((length,), (1,))
+
+
 def read_through_copies(graph: fx.Graph) -> int:
     """Rewrite a graph in which gradients are recorded. Returns how many copies it makes."""
     calls = [node for node in graph.nodes if node.op in ("call_function", "call_method")]
@@ -53,10 +71,7 @@ def read_through_copies(graph: fx.Graph) -> int:
                 continue
             write = last.get(where)
             if (operand, write) not in copies:
-                copy = _copied(operand, _later(operand, write), calls[0])
-                if copy is None:
-                    continue
-                copies[operand, write] = copy
+                copies[operand, write] = _copied(operand, _later(operand, write), calls[0])
             node.replace_input_with(operand, copies[operand, write])
         last.update((memory(target), node) for target in targets[node])
     return len(copies)
@@ -75,16 +90,17 @@ def _later(operand: fx.Node, write: fx.Node | None) -> fx.Node:
     return operand if write is None or operand > write else write
 
 
-def _copied(operand: fx.Node, behind: fx.Node, first: fx.Node) -> fx.Node | None:
-    """A copy of an operand, made behind a node; None if a copy would have other strides."""
-    was = value_of(operand)
+def _copied(operand: fx.Node, behind: fx.Node, first: fx.Node) -> fx.Node:
+    """A copy of an operand, made behind a node."""
+    was, op = value_of(operand), torch.ops.laconic.snapshot.default
     with quiet(was.fake_mode):
         now = was.clone()
-    if layout(now) != layout(was):
-        return None
+        if layout(now) != layout(was):
+            op = torch.ops.laconic.snapshot_as_it_lies.default
+            now = op(was)
     graph = operand.graph
     with graph.inserting_before(first) if behind.op == "placeholder" else graph.inserting_after(behind):
-        copy = graph.call_function(torch.ops.laconic.snapshot.default, (operand,))
+        copy = graph.call_function(op, (operand,))
     copy.meta = {name: behind.meta[name] for name in ("stack_trace", "nn_module_stack") if name in behind.meta}
     copy.meta["example_value"] = now
     return copy

@@ -147,8 +147,9 @@ def cost(module: nn.Module, call: Callable[[Compiled], Any], way: str, training:
         gradients = _gradients(module, found) if training else {}
         cpu, wall = cpu_seconds() - cpu, time.perf_counter() - wall
     result: dict[str, Any] = {"cpu_seconds": cpu, "wall_seconds": wall, "backend_cpu_seconds": backend.seconds}
-    result["output_error"] = max(_error(a, b) for a, b in zip(_tensors(found), _tensors(expected), strict=True))
-    if training:
+    pairs = zip(_tensors(found), _tensors(expected), strict=True)
+    result["output_error"] = max((_error(a, b) for a, b in pairs), default=0.0)
+    if wanted:
         worst = max(wanted, key=lambda name: _error(gradients.get(name), wanted[name]))
         result["gradient_error"] = _error(gradients.get(worst), wanted[worst])
         result["gradient_error_at"] = worst
@@ -166,6 +167,8 @@ def _tensors(result: Any) -> list[torch.Tensor]:
 def _gradients(module: nn.Module, result: Any) -> dict[str, torch.Tensor]:
     """The gradients of the mean square of all results; those of the parameters are cleared again."""
     losses = [value.float().square().mean() for value in _tensors(result) if value.requires_grad]
+    if not losses:
+        raise UsageError("no result of the model requires gradients", hint="measure it in inference")
     torch.autograd.backward(torch.stack(losses).sum())
     found = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
     module.zero_grad()

@@ -115,6 +115,9 @@ def test_with_fewer_passes_and_a_mode(pipeline: str) -> None:
         ({"inductor": True}, "'inductor' is a dict"),
         ({"pipeline": "simplify"}, "looks at the values of weights"),
         ({"pipeline": "nonsense"}, "nonsense"),
+        ({"pipeline": ["cse"]}, "'pipeline' is text"),
+        ({"plan": 3}, "'plan' is the path"),
+        ({"inductor": {"frezing": True}}, "did you mean 'freezing'"),
     ],
 )
 def test_options_that_are_none(given: dict[str, Any], said: str) -> None:

@@ -222,6 +222,30 @@ def test_an_input_that_all_blocks_read() -> None:
     check(made(Shared), drawn(grad=True))
 
 
+class TwoStreams(nn.Module):
+    """Blocks on two streams, of which the head reads one: the last block's other stream goes nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(5))
+        self.second = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x * 0.5
+        for first, second in zip(self.first, self.second, strict=True):
+            both = torch.sin(x + y)
+            x, y = x + torch.tanh(first(both)), y + torch.sigmoid(second(both))
+        return x
+
+
+def test_what_nothing_depends_on_has_no_gradient() -> None:
+    """None, as in eager, and not zero: weight decay would take zero for a step."""
+    model = made(TwoStreams)
+    done = check(model, drawn())
+    assert model.second[-1].weight.grad is None
+    assert done["pieces"] < done["steps"]
+
+
 def test_half_of_the_model_is_frozen() -> None:
     model = made(lambda: Stack(count=8))
     for block in model.blocks[:4]:  # type: ignore[index]

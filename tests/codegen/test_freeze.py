@@ -305,7 +305,14 @@ def test_what_does_not_go_with_a_plan(planned: Path, tmp_path: Path) -> None:
     assert Options.of({"plan": planned, "freeze": "checked"}).checked
 
 
-@pytest.mark.parametrize("value", ["always", 2, None])
+def test_weights_of_inference_mode_are_refused() -> None:
+    with torch.inference_mode():
+        mine = compiled(built(), freeze=True)
+        mine(drawn(3, 6), torch.zeros(3, 6))
+        assert list(stats()["fallbacks"]) == ["not frozen: a weight was made under torch.inference_mode"]
+
+
+@pytest.mark.parametrize("value", ["always", 2, 1, None])
 def test_options_that_there_are_not(value: Any) -> None:
     with pytest.raises(UsageError, match="freeze"):
         Options.of({"freeze": value})

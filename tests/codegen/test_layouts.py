@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 import laconic
-from compiled import agree, check, drawn, made, outcome, rolled
+from compiled import agree, check, drawn, made, outcome, rolled, same
 from cut_eager import EagerPieces
 from laconic.codegen import stats
 
@@ -69,6 +70,25 @@ class Written(Picture):
         return x + first
 
 
+class Seen(Picture):
+    """What the stem is given and the caller gets are views of the input."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        image = x.unflatten(2, (6, 5))
+        x = self.stem(image)
+        for block in self.blocks:
+            x = block(x)
+        return x.mean(), image.select(1, 0)
+
+
+class Recording(Picture):
+    """Records gradients, whatever is on around it."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        with torch.enable_grad():
+            return super().forward(x)
+
+
 class Turning(Picture):
     """What is handed over is channels last already, or of a layout of its own."""
 
@@ -115,6 +135,36 @@ def test_it_changes_no_bit_where_it_is_not_compiled(
 @pytest.mark.parametrize("model", [Returned, Written, Turning])
 def test_compiled(model: Callable[[], nn.Module]) -> None:
     check(made(model).eval(), image(), repeats=2, grad=False, tolerance=2e-5)
+
+
+def test_a_view_that_is_returned_is_one_of_the_input() -> None:
+    module = made(Seen).eval()
+    x = drawn(2, 3, 30)
+    with torch.no_grad():
+        _, view = torch.compile(module, backend="laconic", options={"strict": True})(x)
+    rolled(4)
+    assert view.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+
+
+def test_gradients_that_are_recorded_inside() -> None:
+    module = made(Recording).eval()
+    other = copy.deepcopy(module)
+    call = torch.compile(module, backend="laconic", options={"strict": True})
+    with torch.no_grad():
+        results = [call(image()), other(image())]
+    for result in results:
+        result.sum().backward()
+    for (name, weight), wanted in zip(module.named_parameters(), other.parameters(), strict=True):
+        same(weight.grad, wanted.grad, 2e-5, name)
+    rolled(4)
+
+
+def test_nothing_passes_the_caches_by() -> None:
+    with torch.no_grad():
+        torch.compile(made(Picture).eval(), backend="laconic", options={"strict": True})(image())
+    counted = counters["aot_autograd"]
+    assert counted["autograd_cache_hit"] + counted["autograd_cache_miss"] == rolled(4)["pieces"]
+    assert counted["autograd_cache_bypass"] == 0
 
 
 def test_sizes_that_are_not_known_stay_as_they_are() -> None:

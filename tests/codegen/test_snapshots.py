@@ -34,6 +34,23 @@ def behind_all_blocks(x: Tensor, w: Tensor, m: Tensor) -> Tensor:
     return x
 
 
+def a_column(x: Tensor, w: Tensor, m: Tensor) -> Tensor:
+    for _ in range(5):
+        x = (x * w * m.view(4, 2)[:, 1].sin().repeat(2)).cos() + x
+        m.add_(1)
+    return x
+
+
+def expanded(x: Tensor, w: Tensor, m: Tensor) -> Tensor:
+    for _ in range(5):
+        x = (x * w * m[2:3].expand(8).sin()).cos() + x
+        m.add_(1)
+    return x
+
+
+FUNCTIONS = [(once, 0), (each_block, 1), (behind_all_blocks, 1), (a_column, 1), (expanded, 1)]
+
+
 def gradients(run: Function) -> list[Tensor]:
     """Of two forwards, then two backwards; and the buffer."""
     w, m = torch.linspace(-1, 1, 8).requires_grad_(), torch.linspace(0, 2, 8)
@@ -44,7 +61,7 @@ def gradients(run: Function) -> list[Tensor]:
     return [w.grad, m]
 
 
-@pytest.mark.parametrize(("function", "rolled"), [(once, 0), (each_block, 1), (behind_all_blocks, 1)])
+@pytest.mark.parametrize(("function", "rolled"), FUNCTIONS)
 def test_gradients_are_those_of_what_was_read(function: Function, rolled: int) -> None:
     compiled: Any = torch.compile(function, backend="laconic", options={"strict": True})
     for found, wanted in zip(gradients(compiled), gradients(function), strict=True):
@@ -52,6 +69,17 @@ def test_gradients_are_those_of_what_was_read(function: Function, rolled: int) -
     done = stats()
     assert (done["graphs"], done["rolled"], done["fallbacks"]) == (1, rolled, {})
     assert done["each"][0]["copies"] > 0
+
+
+@pytest.mark.parametrize(
+    "value", [torch.randn(4, 6)[:, 1:3], torch.randn(1, 5).expand(3, 5), torch.randn(0, 5)[:, ::2]]
+)
+def test_copies_lie_as_what_they_copy(value: Tensor) -> None:
+    torch.library.opcheck(torch.ops.laconic.snapshot_as_it_lies.default, (value,))
+    copy = torch.ops.laconic.snapshot_as_it_lies(value)
+    assert torch.equal(copy, value)
+    assert copy.stride() == value.stride()
+    assert copy.untyped_storage().data_ptr() != value.untyped_storage().data_ptr() or not value.numel()
 
 
 def test_inductor_alone_is_wrong() -> None:
