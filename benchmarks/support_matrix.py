@@ -148,10 +148,11 @@ FOOT = """
 
 def page(data: dict[str, Any]) -> str:
     rows, machine = data["models"], data["machine"]
-    changed = " and changes to it" if data["dirty"] else ""
+    commits = list(dict.fromkeys(row["commit"][:12] for row in rows.values()))
+    changed = " and changes to it" if any(row["dirty"] for row in rows.values()) else ""
     versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "transformers", "onnxruntime", "python"))
     summary = (
-        f"**{sum(map(full, rows.values()))} of {len(rows)} rows are full.** Commit {data['commit'][:12]}{changed}; "
+        f"**{sum(map(full, rows.values()))} of {len(rows)} rows are full.** Commit {' and '.join(commits)}{changed}; "
         f"{versions}; {machine['cpu']}, one thread."
     )
     lines, reasons = [], []
