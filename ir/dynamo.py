@@ -9,6 +9,7 @@ and run by itself: it enters what it needs and leaves it again.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import HigherOrderOperator
 
 from laconic.ir.listing import Listing, Operand
 from laconic.ir.signature import Interner, layout, skeleton
@@ -184,7 +184,7 @@ def call(node: fx.Node, read: list[fx.Node]) -> Hashable:
         return "%"
 
     args = node.args
-    if isinstance(node.target, HigherOrderOperator):  # the name that `invoke_subgraph` has for a region says nothing
+    if node.target is torch.ops.higher_order.invoke_subgraph:  # the name that it has for a region says nothing
         args = tuple(None if isinstance(a, str) else a for a in args)
     said = (node.op, node.target, skeleton(args, leaf), skeleton(node.kwargs, leaf))
     return (*said, _lists(node.args[1])) if node.target in _INDEXING and len(node.args) > 1 else said
@@ -214,7 +214,14 @@ def content(body: fx.GraphModule) -> Hashable:
         wiring = tuple(position[r] for r in read)
         said.append((what, known, wiring, seen(value, True), id(inner) if known is None else None))
         position[node] = len(position)
-    return tuple(said)
+    return (*said, _function(body.meta.get("_checkpoint_context_fn")))  # what a checkpoint is told to save
+
+
+def _function(told: Any) -> Hashable:
+    """What tells a function from others; of a partial one, made anew for each call, what it is made of."""
+    if isinstance(told, functools.partial):
+        return (_function(told.func), *map(id, told.args), *((name, id(v)) for name, v in told.keywords.items()))
+    return id(told)
 
 
 def seen(value: Any, grad: bool) -> Hashable:

@@ -241,7 +241,9 @@ def _holding(graph: fx.Graph, bodies: dict[str, Any]) -> fx.GraphModule:
             if not hasattr(holder, name):
                 holder.add_module(name, nn.Module())
             holder = getattr(holder, name)
-        setattr(holder, last, fx.GraphModule(body, copy_graph(body.graph)))  # what compiles a piece may change it
+        own = fx.GraphModule(body, copy_graph(body.graph))  # what compiles a piece may change it
+        own.meta = body.meta.copy()
+        setattr(holder, last, own)
     return fx.GraphModule(root, graph, "Piece")
 
 

@@ -307,37 +307,6 @@ def test_the_residual_stream_is_updated_in_place(grad: bool) -> None:
     assert done["each"][0]["out_of_place"] == 5
 
 
-class Checkpointed(Stack):
-    def forward(self, x: torch.Tensor) -> Any:
-        for block in self.blocks:
-            x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
-        return self.head(x)
-
-
-def test_activation_checkpointing() -> None:
-    check(made(Checkpointed), drawn(grad=True))
-
-
-@torch.compiler.nested_compile_region
-def region(block: nn.Module, x: torch.Tensor) -> Any:
-    return block(x)
-
-
-class Region(nn.Module):
-    """A region that the user marked to be compiled once, in a block of more."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.scale = Block(), nn.Parameter(torch.ones(WIDTH))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(region(self.inner, x * self.scale)) + x
-
-
-def test_regions_that_the_user_marked() -> None:
-    check(made(lambda: Stack(Region)), drawn(grad=True))
-
-
 def test_saved_tensors_hooks() -> None:
     def packed(model: nn.Module) -> Any:
         def call(x: torch.Tensor) -> Any:

@@ -158,6 +158,17 @@ def test_sizes_made_of_symbols_come_with_the_symbols() -> None:
     assert {str(number) for number in numbers} == symbols
 
 
+def test_text_in_a_higher_order_op_tells_blocks_apart() -> None:
+    def function(x: Tensor, *ws: Tensor) -> Tensor:
+        for k, w in enumerate(ws):
+            x = F.linear(x, w).sin() + x
+            torch.ops.higher_order.print(f"block {k // 3}: {{}}", x.mean())
+        return x
+
+    found = cut_of(function, torch.rand(6, 4), *weights(6))
+    assert [(repeat.period, repeat.count) for repeat in found.repeats] == [(5, 3), (5, 3)]
+
+
 # Refusals
 
 
