@@ -132,6 +132,7 @@ def test_it_changes_no_bit_where_it_is_not_compiled(
     assert [record.channels_last for record in pieces.records] == [handed]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [Returned, Written, Turning])
 def test_compiled(model: Callable[[], nn.Module]) -> None:
     check(made(model).eval(), image(), repeats=2, grad=False, tolerance=2e-5)
@@ -167,6 +168,7 @@ def test_nothing_passes_the_caches_by() -> None:
     assert counted["autograd_cache_bypass"] == 0
 
 
+@pytest.mark.slow
 def test_sizes_that_are_not_known_stay_as_they_are() -> None:
     module = made(Picture).eval()
     call = torch.compile(module, backend="laconic", dynamic=True, options={"strict": True})

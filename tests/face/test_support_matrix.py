@@ -46,10 +46,10 @@ def no_holes(found: dict[str, Any]) -> None:
     assert list(support_matrix.holes(found)) == []
 
 
-SLOW = [pytest.param(check, marks=pytest.mark.slow) for check in ("exact", "onnx")]
+SLOW = [pytest.param(check, marks=pytest.mark.slow) for check in ("training", "exact", "onnx")]
 
 
-@pytest.mark.parametrize("check", ["inference", "training", *SLOW])
+@pytest.mark.parametrize("check", ["inference", *SLOW])
 def test_results_gradients_and_how_little_is_compiled(subject: Subject, check: str) -> None:
     no_holes(matrix_checks.CHECKS[check](subject))
 
