@@ -58,7 +58,7 @@ def _candidates(found: Cut) -> tuple[dict[fx.Node, set[Port]], dict[Port, set[fx
                     bound.setdefault((kind, step.piece, number), set()).add(node)
     convolving = {number for number, piece in enumerate(found.pieces) if _convolves(piece)}
     seen = {*found.graph.find_nodes(op="placeholder"), *found.graph.output_node().all_input_nodes}
-    kept = _changing(found) | {memory(node) for node in seen} - {None}
+    kept = _changing(found) | {memory(node) for node in seen} - {None}  # must stay the memory that it is
     free = {
         node: where
         for node, where in places.items()
@@ -93,8 +93,7 @@ def _turns(value: Any) -> bool:
 
 
 def _changing(found: Cut) -> set[int | None]:
-    """The memory that steps write into. Its values must stay the memory that they are, as must those whose memory a
-    caller sees."""
+    """The memory that steps write into."""
     slots: dict[int, list[int]] = {}
     for number, piece in enumerate(found.pieces):
         calls = [node for node in piece.graph.graph.nodes if node.op in ("call_function", "call_method")]

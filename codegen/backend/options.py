@@ -64,8 +64,8 @@ class Options:
             raise UsageError(f"option 'freeze' is True, False or 'checked', not {self.freeze!r}")
         if not isinstance(self.pipeline, str):
             raise UsageError(f"option 'pipeline' is text, such as 'cse,dce', not {self.pipeline!r}")
+        known = torch._inductor.list_options()
         for name in self.inductor:
-            known = torch._inductor.list_options()
             if name.replace("-", "_") not in known:
                 raise UsageError(f"Inductor has no setting {name!r}", hint=did_you_mean(name, known))
 

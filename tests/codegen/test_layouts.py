@@ -112,17 +112,15 @@ def test_between_convolutions(training: bool) -> None:
     assert found["each"][0]["channels_last"] == 6  # the stem's result and the blocks'
 
 
-@pytest.mark.parametrize(
-    ("model", "handed"),
-    [(Picture, 6), (Returned, 0), (Written, 0), (Turning, 0)],
-    ids=["plain", "returned", "written", "turned"],
-)
-@pytest.mark.parametrize("training", [False, True])
+#: `Written` cannot be trained: it writes into what a convolution has saved, and eager raises.
+HANDED = [(Picture, False, 6), (Returned, False, 0), (Written, False, 0), (Turning, False, 0)]
+HANDED += [(Picture, True, 6), (Returned, True, 0), (Turning, True, 0)]
+
+
+@pytest.mark.parametrize(("model", "training", "handed"), HANDED)
 def test_it_changes_no_bit_where_it_is_not_compiled(
-    model: Callable[[], nn.Module], handed: int, training: bool
+    model: Callable[[], nn.Module], training: bool, handed: int
 ) -> None:
-    if training and model is Written:
-        pytest.skip("a value that is written is said out of place in training")
     module = made(model).train(training)
     other, pieces = copy.deepcopy(module), EagerPieces()
     call = torch.compile(module, backend=pieces, fullgraph=True)
