@@ -41,7 +41,7 @@ def captured(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def faulty(monkeypatch: pytest.MonkeyPatch) -> None:
     """The faulty pass of `examples/`, as an installed package would bring it."""
-    monkeypatch.setitem(registry._table(), FAULTY.name, FAULTY.value)
+    monkeypatch.setitem(registry.PASSES.table, FAULTY.name, FAULTY.value)
 
 
 def optimize(capfd: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> tuple[str, list[str]]:

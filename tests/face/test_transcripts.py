@@ -40,7 +40,7 @@ def undisturbed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     examples from a copy, and installs a pass."""
 
     def forget() -> None:
-        registry._table.cache_clear()
+        registry.PASSES.__dict__.pop("table", None)
         for name in [n for n in sys.modules if n.partition(".")[0] == "examples"]:
             del sys.modules[name]
 
