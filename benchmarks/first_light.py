@@ -21,7 +21,7 @@ import onnxruntime
 import torch
 
 import laconic
-from laconic.ir.metrics import bit_equal
+from laconic.ir.metrics.differences import bit_equal
 from laconic.ir.run import Runnable
 from laconic.latency import Way, by_turns, ratios
 from laconic.machine import machine

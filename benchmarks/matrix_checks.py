@@ -26,7 +26,7 @@ import laconic
 from cut_eager import EagerPieces, calls_of_steps
 from laconic.codegen import reset_stats, stats
 from laconic.codegen.backend.cut import Cut
-from laconic.ir.metrics import bit_equal, max_abs
+from laconic.ir.metrics.differences import bit_equal, max_abs
 from laconic.ir.precise import Deviation, deviation, pooled, widen
 
 Values = dict[str, torch.Tensor]

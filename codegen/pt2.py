@@ -17,7 +17,7 @@ from laconic.ir.exported import to_exported
 from laconic.ir.files import place_file, refuse_existing, temporary_beside
 from laconic.ir.inputs import Case, cases
 from laconic.ir.memory import aligned
-from laconic.ir.metrics import bit_equal
+from laconic.ir.metrics.differences import bit_equal
 from laconic.ir.outcomes import SEED, Outcomes
 from laconic.ir.program import Entry, Program, Role
 from laconic.ir.pt2 import NOTES, notes

@@ -25,7 +25,7 @@ from rich.table import Table
 import laconic
 from laconic.cli import report
 from laconic.cli.progress import Display
-from laconic.ir.metrics import bit_equal
+from laconic.ir.metrics.differences import bit_equal
 from laconic.models import minilm
 from laconic.passes.ledger import Ledger
 from laconic.passes.manager import PassManager

@@ -17,7 +17,7 @@ from torch import nn
 
 from laconic.ir.errors import VerificationError
 from laconic.ir.inputs import Case, cases, draw
-from laconic.ir.metrics import bit_equal, max_abs
+from laconic.ir.metrics.differences import bit_equal, max_abs
 from laconic.ir.program import Program, Role
 from laconic.ir.run import evaluate
 from laconic.ir.tree import Leaf, leaves

@@ -47,7 +47,7 @@ def load_folder(path: Path, *, seed: int = 0) -> Source:
     """
     model = load_model(path)
     kwargs, shapes = draw_inputs(model, path, seed=seed)
-    return Source(model, (), kwargs, shapes, Path(path).resolve().name)
+    return Source(model, (), kwargs, shapes, Path(path).resolve().name, Path(path))
 
 
 def load_model(path: Path) -> Any:

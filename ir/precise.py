@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 
 from laconic.ir.errors import UnsupportedError, VerificationError
-from laconic.ir.metrics import bit_equal, max_abs
+from laconic.ir.metrics.differences import bit_equal, max_abs
 from laconic.ir.program import Entry, Kind, Program, copy_graph
 from laconic.ir.run import Outcome, outcome
 from laconic.ir.traits import traits

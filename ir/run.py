@@ -53,9 +53,13 @@ class Executable:
 
 def evaluate(program: Program, entry: Entry, inputs: list[torch.Tensor]) -> Outcome:
     """Run once on flat inputs without gradients. States and inputs are left as they are."""
-    weights = {name: _as_declared(w) for name, w in program.weights.items()}
     with torch.no_grad():
-        return outcome(entry, Executable(entry)(weights, inputs))
+        return outcome(entry, Executable(entry)(declared_weights(program), inputs))
+
+
+def declared_weights(program: Program) -> dict[str, torch.Tensor]:
+    """The weights and states by name, with `requires_grad` as the model has it."""
+    return {name: _as_declared(weight) for name, weight in program.weights.items()}
 
 
 def _as_declared(weight: Weight) -> torch.Tensor:

@@ -24,7 +24,7 @@ import torch
 from laconic.ir.errors import ModelError, UnsupportedError, VerificationError
 from laconic.ir.files import read_text
 from laconic.ir.memory import ALIGNMENT, misalignment, placed
-from laconic.ir.metrics import bit_equal
+from laconic.ir.metrics.differences import bit_equal
 from laconic.ir.outline import inline, outline
 from laconic.ir.parse import parse_program
 from laconic.ir.program import Program, Weight

@@ -10,7 +10,7 @@ import torch
 
 from laconic.ir.errors import VerificationError
 from laconic.ir.inputs import Case, cases_again
-from laconic.ir.metrics import bit_equal, max_abs
+from laconic.ir.metrics.differences import bit_equal, max_abs
 from laconic.ir.outcomes import Outcomes
 from laconic.ir.precise import Deviation, deviation, evaluate_precise, pooled
 from laconic.ir.program import Program

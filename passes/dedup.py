@@ -35,7 +35,7 @@ from torch import fx
 
 from laconic.ir.alias import exposed
 from laconic.ir.memory import misalignment
-from laconic.ir.metrics import bit_equal
+from laconic.ir.metrics.differences import bit_equal
 from laconic.ir.program import Alias, Entry, Kind, Program, Weight
 from laconic.ir.rewrite import drop_weights, insert_call, weight_node
 from laconic.ir.signature import content_key

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from laconic.ir.metrics import bit_equal
+from laconic.ir.metrics.differences import bit_equal
 from laconic.ir.program import Entry, Kind, Program
 from laconic.ir.types import nbytes
 from laconic.passes.channelwise import ONE, ZERO, Channelwise, channelwise

@@ -4,7 +4,7 @@ compute."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -20,8 +20,8 @@ _CLOSE = 1e-8  # squared relative distance below which differences are summed th
 
 @dataclass(frozen=True)
 class Likeness:
-    """Two blocks of a run. With w all weights of a block as one vector: `distance` is |w_a - w_b| over the root mean
-    square of |w_a| and |w_b|, `cosine` that of the angle between them."""
+    """Two of several blocks, experts or matrices. With w all weights of one as a vector: `distance` is |w_a - w_b| over
+    the root mean square of |w_a| and |w_b|, `cosine` that of the angle between them."""
 
     a: int
     b: int
@@ -52,17 +52,21 @@ def equal_blocks(program: Program, run: BlockRun) -> list[tuple[int, ...]]:
 def likeness(program: Program, run: BlockRun) -> list[Likeness]:
     """All pairs of a run's blocks, in float64; [] if the blocks have no floating weights."""
     slots = [names for names in weight_slots(program, run) if _comparable(program, names)]
-    if not slots:
-        return []
-    gram = torch.zeros(run.count, run.count, dtype=torch.float64)
-    for rows in _rows(program, slots, range(run.count)):
+    return alike([[program.weights[names[k]].value for names in slots] for k in range(run.count)]) if slots else []
+
+
+def alike(things: Sequence[Sequence[torch.Tensor]]) -> list[Likeness]:
+    """All pairs of things that are each made of as many tensors of the same shapes, compared as one vector each."""
+    count = len(things)
+    gram = torch.zeros(count, count, dtype=torch.float64)
+    for rows in _rows(things):
         gram += rows @ rows.T
     found = []
-    for a, b in combinations(range(run.count), 2):
+    for a, b in combinations(range(count), 2):
         mean, product = float(gram[a, a] + gram[b, b]) / 2, float(gram[a, b])
         squared = max(0.0, 2 * (mean - product))
         if squared < _CLOSE * mean:
-            squared = sum(float((rows[0] - rows[1]).square().sum()) for rows in _rows(program, slots, (a, b)))
+            squared = sum(float((rows[0] - rows[1]).square().sum()) for rows in _rows([things[a], things[b]]))
         norms = math.sqrt(float(gram[a, a]) * float(gram[b, b]))
         found.append(
             Likeness(a, b, math.sqrt(squared / mean) if mean else 0.0, min(1.0, product / norms) if norms else 1.0)
@@ -75,9 +79,9 @@ def _comparable(program: Program, names: list[str]) -> bool:
     return all(v.is_floating_point() and v.shape == values[0].shape and v.device.type != "meta" for v in values)
 
 
-def _rows(program: Program, slots: list[list[str]], blocks: range | tuple[int, ...]) -> Iterator[torch.Tensor]:
-    """The weights of some blocks side by side, a piece at a time."""
-    for names in slots:
-        flat = [program.weights[names[k]].value.detach().cpu().reshape(-1) for k in blocks]
+def _rows(things: Sequence[Sequence[torch.Tensor]]) -> Iterator[torch.Tensor]:
+    """The tensors of some things side by side, a piece at a time."""
+    for values in zip(*things, strict=True):
+        flat = [value.detach().cpu().reshape(-1) for value in values]
         for start in range(0, flat[0].numel(), _CHUNK):
             yield torch.stack([row[start : start + _CHUNK].double() for row in flat])

@@ -19,7 +19,7 @@ def find_mlps(reading: Reading, barred: Container[fx.Node], near: list[NearMiss]
 
 
 def project(linear: Linear, columns: tuple[int, int] | None = None) -> Projection:
-    return Projection(linear.node, linear.weight, linear.bias, linear.inputs, linear.outputs, columns)
+    return Projection(linear.node, linear.x, linear.weight, linear.bias, linear.inputs, linear.outputs, columns)
 
 
 def _mlp(reading: Reading, down: Linear, barred: Container[fx.Node], near: list[NearMiss]) -> Mlp | None:

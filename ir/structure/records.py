@@ -43,10 +43,11 @@ class Norm:
 
 @dataclass(frozen=True)
 class Projection:
-    """A product with a constant matrix that a site owns; `columns` are those of its outputs that the site reads, where
-    one matrix serves several."""
+    """A product of `x` with a constant matrix that a site owns; `columns` are those of its outputs that the site reads,
+    where one matrix serves several."""
 
     node: fx.Node
+    x: fx.Node
     weight: fx.Node | None
     bias: fx.Node | None
     inputs: int

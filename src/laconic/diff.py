@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from laconic.align import Alignment, align
-from laconic.ir.metrics import bit_equal, max_abs
+from laconic.ir.metrics.differences import bit_equal, max_abs
 from laconic.ir.program import Entry, Program, Role
 from laconic.ir.text import alias_text, print_node, reference, tree_text, value, weight_text
 from laconic.ir.types import name_text, value_text

@@ -10,7 +10,7 @@ import torch
 
 from laconic.ir.errors import UsageError
 from laconic.ir.inputs import Case, cases
-from laconic.ir.metrics import cosine, max_abs
+from laconic.ir.metrics.differences import cosine, max_abs
 from laconic.ir.outcomes import run_case
 from laconic.ir.program import Program
 from laconic.ir.run import check_inputs

@@ -17,7 +17,7 @@ from laconic.codegen.pt2 import write_pt2
 from laconic.ir.capture import capture_module
 from laconic.ir.errors import UnsupportedError, UsageError, VerificationError
 from laconic.ir.inputs import draw
-from laconic.ir.metrics import bit_equal
+from laconic.ir.metrics.differences import bit_equal
 from laconic.ir.program import Program
 from laconic.ir.run import evaluate
 

@@ -13,7 +13,7 @@ import torch.utils._pytree as pytree
 
 import laconic
 from architectures import ARCHITECTURES, inputs_of, make
-from laconic.ir.metrics import bit_equal
+from laconic.ir.metrics.differences import bit_equal
 
 SIZES = [(1, 1, 1), (2, 9, 4), (5, 13, 17)]
 

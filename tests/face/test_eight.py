@@ -15,7 +15,7 @@ import torch.utils._pytree as pytree
 import laconic
 from architectures import BY_TURNS, EIGHT, inputs_of, make
 from laconic.ir.capture import capture_module
-from laconic.ir.metrics import bit_equal
+from laconic.ir.metrics.differences import bit_equal
 from laconic.ir.program import Program
 from laconic.ir.structure import BranchKind, EntryStructure, find_structure
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import laconic
-from laconic.ir.metrics import bit_equal
+from laconic.ir.metrics.differences import bit_equal
 
 pytestmark = [
     pytest.mark.gpu,

@@ -20,7 +20,7 @@ import laconic
 from helpers import bits
 from laconic import artefact
 from laconic.ir.errors import ModelError, UsageError, VerificationError
-from laconic.ir.metrics import bit_equal
+from laconic.ir.metrics.differences import bit_equal
 
 #: Saves to one DIR again and again in a child that is killed; after each kill the DIR must load and compute.
 KILLER = """

@@ -10,7 +10,7 @@ from torch.export import Dim
 from laconic.ir.capture import capture_module
 from laconic.ir.errors import UnsupportedError, UsageError
 from laconic.ir.exported import flat_names, to_exported
-from laconic.ir.metrics import bit_equal
+from laconic.ir.metrics.differences import bit_equal
 from laconic.ir.precise import deviation, evaluate_precise
 from laconic.ir.program import Program
 from laconic.ir.run import evaluate

@@ -26,7 +26,7 @@ from laconic.codegen.pt2 import write_pt2
 from laconic.ir.capture import capture_module
 from laconic.ir.errors import LaconicError, ModelError, UnsupportedError
 from laconic.ir.inputs import cases, draw
-from laconic.ir.metrics import bit_equal
+from laconic.ir.metrics.differences import bit_equal
 from laconic.ir.outcomes import Outcomes
 from laconic.ir.program import Kind, Program
 from laconic.ir.pt2 import read_pt2

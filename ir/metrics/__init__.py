@@ -1,0 +1,1 @@
+"""How good a model's results are, and how far two models' results are apart."""

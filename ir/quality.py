@@ -1,0 +1,153 @@
+"""A program's figures on data: metrics batch by batch, with intervals over what the samples belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from laconic.ir.data import Batch, Data, flat_inputs
+from laconic.ir.errors import UsageError
+from laconic.ir.interpret import Interpreter
+from laconic.ir.metrics.base import Metric, Parts, Results, Run
+from laconic.ir.program import Entry, Program, Role
+
+_DRAWS = 2000
+_LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A metric of a model, with the interval that holds 95 % of its bootstrap draws."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Units:
+    """A metric's sums and weights by unit, (units,) float64: what intervals are drawn from."""
+
+    names: tuple[str, ...]
+    sums: NDArray[np.float64]
+    weights: NDArray[np.float64]
+
+
+def named_results(entry: Entry, results: Sequence[Any]) -> Results:
+    """Flat results by name; what is no tensor is left out."""
+    names = [output.name for output in entry.outputs if output.role is Role.RESULT]
+    return {name: value for name, value in zip(names, results, strict=True) if isinstance(value, torch.Tensor)}
+
+
+def measure(
+    program: Program,
+    data: Data,
+    metrics: Sequence[Metric],
+    *,
+    against: Program | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Units]:
+    """Each metric of `forward` by unit. `against` gives the results that some compare with.
+
+    Raises UsageError for a metric that compares where there is nothing to compare with, for data without batches, and
+    for inputs that do not fit.
+    """
+    for metric in metrics:
+        if metric.reference and against is None:
+            raise UsageError(f"{metric.name} compares two models", hint="add --against MODEL2")
+    if not len(data):
+        raise UsageError(f"{data.name} is empty", hint="evaluate on at least one sample")
+    run = _runner(program)
+    other = _runner(against) if against is not None else None
+    found: dict[str, dict[str, list[float]]] = {metric.name: {} for metric in metrics}
+    compares = any(metric.reference and not metric.runs for metric in metrics)
+    for k in range(len(data)):
+        batch = data.batch(k)
+        flat_inputs(program, batch, data.place(k))
+        results = run(batch.inputs) if any(not metric.runs for metric in metrics) else {}
+        reference = None
+        if other is not None and against is not None and compares:
+            flat_inputs(against, batch, data.place(k))
+            reference = other(batch.inputs)
+        for metric in metrics:
+            if metric.runs:
+                assert other is not None
+                part = metric.parts_of_runs(run, batch, other)
+            else:
+                part = metric.parts(results, batch, reference)
+            _collect(found[metric.name], part, batch, k)
+        progress(k + 1, len(data))
+    return {name: _units(by_unit) for name, by_unit in found.items()}
+
+
+def _runner(program: Program) -> Run:
+    """The results of `forward` by name, for inputs by name."""
+    interpreter = Interpreter(program, [])
+    names = [declared.name for declared in program.forward.inputs]
+
+    def run(inputs: dict[str, torch.Tensor]) -> Results:
+        return named_results(interpreter.entry, interpreter([inputs[name] for name in names]).results)
+
+    return run
+
+
+def _collect(found: dict[str, list[float]], part: Parts, batch: Batch, k: int) -> None:
+    sums, weights = part.sums, part.weights
+    if batch.label_units is not None and batch.label_units.shape == sums.shape:
+        units = [str(unit) for unit in batch.label_units.flatten().tolist()]
+    else:
+        units = list(batch.units or (f"{k}.{sample}" for sample in range(batch.samples)))
+        sums, weights = sums.sum(1), weights.sum(1)
+    for unit, total, weight in zip(units, sums.flatten().tolist(), weights.flatten().tolist(), strict=True):
+        if weight:
+            into = found.setdefault(unit, [0.0, 0.0])
+            into[0] += total
+            into[1] += weight
+
+
+def _units(by_unit: Mapping[str, list[float]]) -> Units:
+    pairs = np.array(list(by_unit.values()), dtype=np.float64).reshape(-1, 2)
+    return Units(tuple(by_unit), pairs[:, 0], pairs[:, 1])
+
+
+def figure(metric: Metric, units: Units, *, seed: int = 0) -> Figure:
+    """The metric over all units, and its interval."""
+    counts = _draws(len(units.names), seed)
+    drawn = _values(metric, counts @ units.sums, counts @ units.weights)
+    (value,) = _values(metric, units.sums.sum(keepdims=True), units.weights.sum(keepdims=True))
+    return Figure(float(value), *_interval(drawn))
+
+
+def difference(metric: Metric, ours: Units, theirs: Units, *, seed: int = 0) -> Figure:
+    """Ours minus theirs, drawing the same units for both. Raises UsageError if they are not of the same units."""
+    if ours.names != theirs.names:
+        raise UsageError("two models were measured on different samples")
+    counts = _draws(len(ours.names), seed)
+    a = _values(metric, counts @ ours.sums, counts @ ours.weights)
+    b = _values(metric, counts @ theirs.sums, counts @ theirs.weights)
+    whole = [_values(metric, u.sums.sum(keepdims=True), u.weights.sum(keepdims=True))[0] for u in (ours, theirs)]
+    return Figure(float(whole[0] - whole[1]), *_interval(a - b))
+
+
+def _draws(units: int, seed: int) -> NDArray[np.float64]:
+    """How often each unit is drawn, (draws, units)."""
+    generator = np.random.default_rng(seed)
+    return generator.multinomial(units, np.full(units, 1 / units), size=_DRAWS).astype(np.float64)
+
+
+def _values(metric: Metric, sums: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratios = sums / weights
+    return np.array([metric.value(float(ratio)) for ratio in ratios])
+
+
+def _interval(drawn: NDArray[np.float64]) -> tuple[float, float]:
+    edge = 100 * (1 - _LEVEL) / 2
+    kept = drawn[np.isfinite(drawn)]
+    low, high = np.percentile(kept, [edge, 100 - edge]) if len(kept) else (np.nan, np.nan)
+    return float(low), float(high)

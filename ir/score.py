@@ -1,0 +1,75 @@
+"""Judging candidates without rewriting: gates in one interpreter.
+
+A search that asks what a model loses if it drops this block or that expert need not make a program for each. The
+values that candidates change pass through gates, put into the graph once; a candidate is what the gates do, and judging
+it costs what running the model costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from laconic.ir.data import Data, flat_inputs
+from laconic.ir.errors import UsageError, did_you_mean
+from laconic.ir.interpret import Interpreter, Tap
+from laconic.ir.metrics.base import Metric, Results
+from laconic.ir.program import Program
+from laconic.ir.quality import named_results
+
+#: What a gate does to its value: a factor (0 drops it, a tensor drops parts), or any function of it.
+Setting = float | torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
+Candidate = Mapping[str, Setting]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A place at which candidates differ: the value of the node named `node`, as all who read it see it."""
+
+    name: str
+    node: str
+
+
+class Scorer:
+    """A metric of a program's `forward` on data, as a function of what its gates do.
+
+    The data, and for a metric that compares the results of the program with all gates open, are kept in memory.
+    """
+
+    def __init__(self, program: Program, gates: Sequence[Gate], data: Data, metric: Metric) -> None:
+        self._metric = metric
+        self._settings: Candidate = {}
+        self._gates = [gate.name for gate in gates]
+        self._run = Interpreter(program, [Tap((g.node,), self._gate(g.name), replaces=True) for g in gates])
+        batches = [data.batch(k) for k in range(len(data))]
+        self._batches = [(b, flat_inputs(program, b, data.place(k))) for k, b in enumerate(batches)]
+        self._open = [self._results(inputs) for _, inputs in self._batches] if metric.reference else None
+
+    def __call__(self, candidate: Candidate) -> float:
+        """The metric with these gates set, all others open. Raises UsageError for an unknown gate."""
+        for name in candidate:
+            if name not in self._gates:
+                raise UsageError(f"there is no gate {name!r}", hint=did_you_mean(name, self._gates))
+        self._settings = candidate
+        try:
+            total = weight = 0.0
+            for k, (batch, inputs) in enumerate(self._batches):
+                part = self._metric.parts(self._results(inputs), batch, self._open[k] if self._open else None)
+                total, weight = total + float(part.sums.sum()), weight + float(part.weights.sum())
+        finally:
+            self._settings = {}
+        return self._metric.value(total / weight)
+
+    def _results(self, inputs: list[torch.Tensor]) -> Results:
+        return named_results(self._run.entry, self._run(inputs).results)
+
+    def _gate(self, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        def see(value: torch.Tensor) -> torch.Tensor:
+            setting = self._settings.get(name)
+            if setting is None:
+                return value
+            return setting(value) if callable(setting) else value * setting
+
+        return see

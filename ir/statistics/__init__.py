@@ -1,0 +1,1 @@
+"""What is gathered in a calibration run: sums over the rows of values."""

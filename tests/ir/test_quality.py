@@ -1,0 +1,131 @@
+"""Figures with intervals: of sums, over units, the same for any batch size."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from architectures import llama
+from laconic.ir.capture import capture_module
+from laconic.ir.data import Batch, refuse_overlap
+from laconic.ir.errors import UsageError
+from laconic.ir.metrics.base import Metric, Parts, Results
+from laconic.ir.metrics.quality import Accuracy, Cosine, Divergence, Nats, Perplexity
+from laconic.ir.metrics.registry import METRICS, load
+from laconic.ir.program import Program
+from laconic.ir.quality import Units, difference, figure, measure
+from sequences import Ragged
+
+
+@pytest.fixture(scope="module")
+def subject() -> tuple[Any, Program]:
+    torch.manual_seed(0)
+    model, inputs, axes = llama(2)
+    return model.eval(), capture_module(model, (), inputs, axes)
+
+
+def test_nats_and_top1_are_those_of_each_sequence_alone(subject: tuple[Any, Program]) -> None:
+    model, program = subject
+    data = Ragged(lengths=(5, 9, 2, 7), rows=3)
+    found = measure(program, data, [Nats(), Perplexity(), Accuracy()])
+    nats, right = [], []
+    for ids in data.sequences:
+        with torch.no_grad():
+            logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+        nats.append(F.cross_entropy(logits, ids[1:], reduction="none"))
+        right.append(logits.argmax(-1) == ids[1:])
+    value = float(torch.cat(nats).mean())
+    assert figure(Nats(), found["nats"]).value == pytest.approx(value, rel=1e-5)
+    assert figure(Perplexity(), found["ppl"]).value == pytest.approx(math.exp(value), rel=1e-5)
+    assert figure(Accuracy(), found["top1"]).value == pytest.approx(float(torch.cat(right).double().mean()))
+    assert found["nats"].names == ("0", "1", "2", "3")
+    assert found["nats"].weights.tolist() == [4, 8, 1, 6]
+
+
+def test_comparing_a_model_with_itself(subject: tuple[Any, Program]) -> None:
+    _, program = subject
+    found = measure(program, Ragged(), [Divergence(), Cosine()], against=program)
+    assert figure(Divergence(), found["kl"]).value == 0.0
+    assert figure(Cosine(), found["cosine"]).value == pytest.approx(1.0)
+    with pytest.raises(UsageError, match="kl compares two models"):
+        measure(program, Ragged(), [Divergence()])
+
+
+def test_divergence_is_that_of_the_definition() -> None:
+    ours, theirs = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    parts = Divergence().parts({"logits": ours}, Batch({"x": ours}, mask), {"logits": theirs})
+    p, q = theirs.double().softmax(-1), ours.double().softmax(-1)
+    torch.testing.assert_close(parts.sums, (p * (p / q).log()).sum(-1) * mask)
+    assert parts.weights.sum() == 3
+
+
+def test_labels_of_one_class_or_several() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 0.0]])
+    one = Accuracy().parts({"logits": logits}, Batch({"x": logits}, labels=torch.tensor([1, 2])), None)
+    assert one.sums.tolist() == [[1.0], [0.0]]
+    several = Accuracy().parts(
+        {"y": logits.repeat(1, 2)}, Batch({"x": logits}, labels=torch.tensor([[1, 1], [0, 2]])), None
+    )
+    assert several.sums.tolist() == [[1.0, 1.0], [1.0, 0.0]]
+    with pytest.raises(UsageError, match="cannot compare logits"):
+        Accuracy().parts({"logits": torch.zeros(2, 3, 4)}, Batch({"x": logits}, labels=torch.zeros(2, 5).long()), None)
+    with pytest.raises(UsageError, match="needs labels"):
+        Accuracy().parts({"logits": logits}, Batch({"x": logits}), None)
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
+    generator = np.random.default_rng(0)
+    held = 0
+    for _ in range(300):
+        weights = generator.integers(5, 50, size=40).astype(float)
+        sums = weights * 2.0 + generator.normal(size=40) * weights
+        found = figure(Nats(), Units(tuple(map(str, range(40))), sums, weights))
+        held += found.low <= 2.0 <= found.high
+    assert 0.88 < held / 300 < 0.98
+
+
+def test_a_paired_difference_is_narrower_than_two_intervals() -> None:
+    generator = np.random.default_rng(1)
+    names, weights = tuple(map(str, range(60))), np.ones(60)
+    shared = generator.normal(size=60)
+    ours, theirs = (Units(names, shared + generator.normal(size=60) * 0.05 - shift, weights) for shift in (0.1, 0.0))
+    found = difference(Nats(), ours, theirs)
+    assert found.high < 0
+    assert found.low < -0.1 < found.high
+    assert found.high - found.low < 0.2 * (figure(Nats(), ours).high - figure(Nats(), ours).low)
+    with pytest.raises(UsageError, match="different samples"):
+        difference(Nats(), ours, Units(names[1:], shared[1:], weights[1:]))
+
+
+def test_metrics_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {type(load(name)).name for name in METRICS.names()} == set(METRICS.names())
+    with pytest.raises(UsageError, match="no metric 'nat'") as caught:
+        load("nat")
+    assert "'nats'" in caught.value.hint
+
+    class Positive(Metric):
+        name = "positive"
+
+        def parts(self, results: Results, batch: Batch, reference: Results | None) -> Parts:
+            each = (results["logits"] > 0).double().mean((1, 2))[:, None]
+            return Parts(each, torch.ones_like(each))
+
+    monkeypatch.setattr("laconic.ir.metrics.quality.Positive", Positive, raising=False)
+    monkeypatch.setitem(METRICS.table, "positive", "laconic.ir.metrics.quality:Positive")
+    torch.manual_seed(0)
+    model, inputs, axes = llama(2)
+    found = measure(capture_module(model.eval(), (), inputs, axes), Ragged(), [load("positive")])
+    assert 0.2 < figure(load("positive"), found["positive"]).value < 0.8
+
+
+def test_what_decisions_were_made_on_does_not_judge_them() -> None:
+    refuse_overlap(Ragged(seed=1), Ragged(seed=2))
+    with pytest.raises(UsageError, match="overlaps the calibration set") as caught:
+        refuse_overlap(Ragged(seed=1), Ragged(lengths=(3, 3), seed=1))
+    assert "2 of its 4 samples" in caught.value.why
