@@ -143,4 +143,4 @@ def source() -> Source:
     inputs: dict[str, Any] = dict(tokenize(every[:: len(every) // _EXAMPLES][:_EXAMPLES]))
     batch, sequence = Dim("batch", min=1), Dim("sequence", min=1, max=longest_sequence(encoder.encoder) or 512)
     shapes = {name: {0: batch, 1: sequence} for name in inputs}
-    return Source(encoder, (), inputs, shapes, "minilm")
+    return Source(encoder, (), inputs, shapes, "minilm", folder())

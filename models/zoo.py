@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from laconic.ir.errors import UsageError, did_you_mean
@@ -10,19 +10,33 @@ from laconic.ir.errors import UsageError, did_you_mean
 if TYPE_CHECKING:
     from laconic.ir.source_model import Source
 
-# Name: the module and the function in it that returns a Source.
-_LOADERS = {"minilm": ("laconic.models.minilm", "source")}
+_TRAINED = ("llama-gqa", "llama-mha", "moe", "moe-sigmoid", "vit", "vlm")
 
 
 def names() -> list[str]:
     """What `load` takes, sorted."""
-    return sorted(_LOADERS)
+    return sorted(["minilm", *_TRAINED])
 
 
 def load(name: str) -> Source:
     """A reference model with an example call. Raises UsageError for an unknown name, and what its loader raises."""
-    if name not in _LOADERS:
-        raise UsageError(f"there is no model zoo:{name}", hint=did_you_mean(name, _LOADERS))
-    module, function = _LOADERS[name]
-    found: Source = getattr(importlib.import_module(module), function)()
-    return found
+    if name == "minilm":
+        from laconic.models import minilm
+
+        return minilm.source()
+    if name in _TRAINED:
+        from laconic.models import trained
+
+        return trained.source(name)
+    raise UsageError(f"there is no model zoo:{name}", hint=did_you_mean(name, names()))
+
+
+def folder(name: str) -> Path:
+    """Where a reference model and its tokenizer stand. Raises what `load` raises."""
+    if name == "minilm":
+        from laconic.models import minilm
+
+        return minilm.folder()
+    from laconic.models import trained
+
+    return trained.folder(name)
