@@ -7,6 +7,7 @@ program. What was not measured is null.
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -126,6 +127,13 @@ def _of(kind: type, value: Any, where: str, words: str) -> Any:
     return value
 
 
-def measure(program: Program, max_abs: float | None) -> Sizes:
-    """A program's sizes; FLOPs are those of one call of each entry at the captured example's sizes."""
-    return Sizes(program.node_count(), program.weight_bytes(), flops_at(program), max_abs=max_abs)
+def measure(program: Program, max_abs: float | None, metrics: Mapping[str, float]) -> Sizes:
+    """A program's sizes and metrics; FLOPs are those of one call of each entry at the captured example's sizes."""
+    return Sizes(
+        program.node_count(),
+        program.weight_bytes(),
+        flops_at(program),
+        max_abs=max_abs,
+        kl=metrics.get("kl"),
+        metrics=dict(metrics),
+    )

@@ -8,7 +8,7 @@ as the pass's contract says. The first failure stops the run with the pass, its 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import ParamSpec, TypeVar
@@ -103,17 +103,23 @@ class _State:
     known: Outcomes | None
 
 
+def no_metrics(program: Program) -> Mapping[str, float]:
+    """Judges nothing."""
+    return {}
+
+
 @dataclass
 class PassManager:
     """A pipeline ready to run. `verify_each` and `check_contracts` are on unless switched off for speed; what they did
-    not see is not called verified. With `plans`, one for each pass, nothing is decided again. Raises UsageError for
-    plans of other passes."""
+    not see is not called verified. With `plans`, one for each pass, nothing is decided again. `judge` gives the metrics
+    that the ledger tells after each pass that changes something. Raises UsageError for plans of other passes."""
 
     passes: Sequence[Pass]
     verify_each: bool = True
     check_contracts: bool = True
     instruments: Sequence[Instrument] = ()
     plans: Sequence[Plan] = ()
+    judge: Callable[[Program], Mapping[str, float]] = no_metrics
 
     def __post_init__(self) -> None:
         if self.plans and [plan.spec for plan in self.plans] != [item.spec for item in self.passes]:
@@ -136,7 +142,8 @@ class PassManager:
             chosen = inputs or cases(program, program.forward)
             captured = self._timed(Phase.CHECK, Outcomes.of, program, chosen)
         model = str(program.facts.get("model", "program"))
-        ledger = Ledger(model, print_pipeline(self.passes), measure(program, 0.0 if captured else None))
+        before = measure(program, 0.0 if captured else None, self.judge(program))
+        ledger = Ledger(model, print_pipeline(self.passes), before)
         state = _State(Run(program, ledger), fingerprint(program), captured, captured)
         if self.verify_each:
             self._timed(Phase.VERIFY, state.run.contents.hold, program)
@@ -199,7 +206,8 @@ class PassManager:
             if self.plans and isinstance(problem, KeyError):
                 crash = VerificationError(f"the program has no {problem}", why="the plan was made for another one")
             raise self._blame(crash, position, item, run) from problem
-        sizes = measure(result.program, gap)
+        metrics = self.judge(result.program) if result.modified else run.ledger.after.metrics
+        sizes = measure(result.program, gap, metrics)
         run.ledger.rows.append(
             Row(item.name, item.spec, item.contract, result.modified, result.reason, seconds, sizes, result.actions)
         )

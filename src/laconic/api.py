@@ -13,15 +13,19 @@ from torch import nn
 from laconic import artefact, sources
 from laconic.codegen.onnx import OnnxReport, write_onnx
 from laconic.codegen.pt2 import write_pt2
+from laconic.data.load import load_data
+from laconic.figures import Judge
 from laconic.ir.capture import capture_module
+from laconic.ir.data import Data
 from laconic.ir.errors import UsageError
 from laconic.ir.inputs import Case, cases
+from laconic.ir.metrics.registry import load as load_metric
 from laconic.ir.program import Program
 from laconic.ir.run import Runnable, check_inputs, flatten_arguments
 from laconic.ir.types import type_of
 from laconic.passes.base import Pass, Plan
 from laconic.passes.ledger import Ledger
-from laconic.passes.manager import Contents, Instrument, PassManager
+from laconic.passes.manager import Contents, Instrument, PassManager, no_metrics
 from laconic.passes.pipeline import parse_pipeline
 
 Inputs = tuple[Any, ...] | dict[str, Any]
@@ -85,6 +89,9 @@ def optimize(
     verify_each: bool = True,
     check: bool = True,
     instruments: Sequence[Instrument] = (),
+    data: Data | str | None = None,
+    metric: str | Sequence[str] = "kl",
+    calibration: Data | str | None = None,
 ) -> Result:
     """Run a pipeline on a model and prove at each step what it cost. Never changes `model`.
 
@@ -93,6 +100,9 @@ def optimize(
     verifier and the contract checks off; the result then counts as unverified.
 
     `pipeline` is a text such as "dedup,cse", or a sequence of passes and such texts.
+
+    With `data` (`laconic.ir.data.Data`, or what the command line calls DATA) the ledger tells each `metric` after each
+    pass. `calibration` is what passes decide on: data that overlaps it is refused.
 
     Raises VerificationError naming the pass that broke a rule or its contract, UsageError for an unknown pass and for
     inputs that do not fit the captured model.
@@ -103,11 +113,17 @@ def optimize(
         if not given:
             raise UsageError("a module needs example inputs", hint="optimize(model, inputs=(x,)) or inputs={'name': x}")
         args, kwargs = (given[0], {}) if isinstance(given[0], tuple) else ((), given[0])
-        program, given = capture_module(model, args, kwargs, dynamic_shapes), given[1:]
+        program, folder, given = capture_module(model, args, kwargs, dynamic_shapes), None, given[1:]
     else:
-        program = model if isinstance(model, Program) else sources.program_of(str(model))
+        program, folder = (model, None) if isinstance(model, Program) else sources.opened(str(model))
     chosen = cases(program, program.forward) + [_case(program, g) for g in given]
-    run = PassManager(passes, verify_each, check, instruments).run(program, chosen)
+    judge: Callable[[Program], Mapping[str, float]] = no_metrics
+    if data is not None:
+        judged = _data(data, program, folder, "selection")
+        decided = None if calibration is None else _data(calibration, program, folder, "calibration")
+        names = [metric] if isinstance(metric, str) else metric
+        judge = Judge(program, judged, [load_metric(name) for name in names], calibration=decided)
+    run = PassManager(passes, verify_each, check, instruments, judge=judge).run(program, chosen)
     return Result(run.program, run.ledger, run.plans, run.contents)
 
 
@@ -150,6 +166,10 @@ def export_onnx(
 def export_pt2(program: Program, path: str | Path, *, force: bool = False) -> None:
     """Write a `.pt2` that torch alone loads and runs, checked bit for bit before it is put in place."""
     write_pt2(program, Path(path), force=force)
+
+
+def _data(data: Data | str, program: Program, folder: Path | None, split: str) -> Data:
+    return load_data(data, program, folder=folder, split=split) if isinstance(data, str) else data
 
 
 def _passes(pipeline: str | Sequence[Pass | str]) -> list[Pass]:

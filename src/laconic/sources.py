@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 from torch.export import Dim
 
-from laconic.artefact import LEDGER, RECIPE, load_program
+from laconic.artefact import LEDGER, RECIPE, load_program, read_recipe
 from laconic.ir.capture import capture_module
 from laconic.ir.errors import FixedAxisError, LaconicError, UnsupportedError, UsageError
 from laconic.ir.hf import load_folder
@@ -139,14 +139,32 @@ def _bounded(shapes: dict[str, Any], kinds: dict[str, Any], program: Program) ->
 
 def program_of(model: str, progress: Progress = lambda stage: None) -> Program:
     """The Program that MODEL names, captured if need be."""
+    return opened(model, progress)[0]
+
+
+def opened(model: str, progress: Progress = lambda stage: None) -> tuple[Program, Path | None]:
+    """The Program that MODEL names, and the folder where its tokenizer may stand; a saved DIR remembers it."""
     found = resolve(model, progress=progress)
-    return found if isinstance(found, Program) else capture_source(found, progress)
+    if isinstance(found, Program):
+        return found, _folder_of(Path(model))
+    return capture_source(found, progress), found.folder
 
 
-def _from_callable(model: str) -> Source:
-    """`package.module:callable` returns (module, inputs) or (module, inputs, dynamic_shapes); inputs are a tuple or a
-    dict of keyword arguments."""
-    name, _, attribute = model.partition(":")
+def _folder_of(path: Path) -> Path | None:
+    """The folder of the model that a DIR was made of, if it is still there."""
+    if not (path / RECIPE).is_file():
+        return None
+    named = str(read_recipe(path).get("model", ""))
+    if named.startswith("zoo:"):
+        from laconic.models import zoo
+
+        return zoo.folder(named.removeprefix("zoo:"))
+    return Path(named) if Path(named).is_dir() else None
+
+
+def call_named(said: str) -> Any:
+    """What `package.module:callable` returns. Raises UsageError, at the user's own line, for what goes wrong there."""
+    name, _, attribute = said.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")  # the user's own folder, as `python -m` has it
     try:
@@ -167,20 +185,23 @@ def _from_callable(model: str) -> Source:
             raise UsageError(f"{name} has no {attribute!r}", hint=hint)
         function = getattr(function, part)
     if isinstance(function, nn.Module) or not callable(function):
-        raise UsageError(
-            f"{model} is a {type(function).__name__}",
-            hint="MODEL names a function that returns (module, inputs) or (module, inputs, dynamic_shapes)",
-        )
+        raise UsageError(f"{said} is a {type(function).__name__}", hint="name a function")
     try:
-        made = function()
+        return function()
     except LaconicError:
         raise
     except Exception as problem:
         frame = traceback.extract_tb(problem.__traceback__)[-1]
         raise UsageError(
-            f"{model} raised {type(problem).__name__}: {problem}",
+            f"{said} raised {type(problem).__name__}: {problem}",
             where=f"{frame.filename}:{frame.lineno}: {frame.line}",
         ) from problem
+
+
+def _from_callable(model: str) -> Source:
+    """`package.module:callable` returns (module, inputs) or (module, inputs, dynamic_shapes); inputs are a tuple or a
+    dict of keyword arguments."""
+    made = call_named(model)
     shaped = isinstance(made, tuple) and len(made) in (2, 3) and isinstance(made[0], nn.Module)
     if not shaped or not isinstance(made[1], (tuple, dict)):
         parts = ", ".join(type(part).__name__ for part in made) if isinstance(made, tuple) else ""

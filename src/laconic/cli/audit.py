@@ -4,40 +4,109 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from laconic.cli.options import Json, Model, NoProgress, Quiet, Threads, Verbose, assignments, display, print_json
+from laconic.cli.options import (
+    Batch,
+    Force,
+    Json,
+    Model,
+    NoProgress,
+    Quiet,
+    Threads,
+    Tokenizer,
+    Verbose,
+    assignments,
+    display,
+    print_json,
+    refuse_early,
+)
+from laconic.processes import joined
 
 _SHOWN = 8
 
 
 def audit(
     model: Model,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            "--calibration",
+            metavar="D",
+            help="Data to run on, to say what is redundant: zoo:NAME[:SPLIT], "
+            "a .jsonl or .txt, a .safetensors or .npz, a folder of images, module:callable.",
+        ),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="F", help="Also write a page with heat maps, in one file.")
+    ] = None,
     size: Annotated[
         str, typer.Option("--size", help="Sizes other than the example's, e.g. batch=4,sequence=128.")
     ] = "",
+    tokenizer: Tokenizer = None,
+    batch: Batch = 8,
+    force: Force = False,
     json: Json = False,
     threads: Threads = 0,
     quiet: Quiet = False,
     verbose: Verbose = 0,
     no_progress: NoProgress = False,
 ) -> None:
-    """Say what a model is made of, what it says twice and what could be saved."""
-    sizes = assignments(size, "--size")
-    with display(quiet, verbose, no_progress, threads) as shown:
-        from laconic.auditing import audit_program
-        from laconic.sources import program_of
+    """Say what a model is made of, what it says twice and what could be saved.
 
-        program = program_of(model, shown.stage)
+    Under torchrun the processes share the calibration data.
+    """
+    sizes = assignments(size, "--size")
+    if html is not None:
+        refuse_early(html, force)
+    with joined() as speaks, display(quiet or not speaks, verbose, no_progress, threads) as shown:
+        from laconic.auditing import audit_program
+        from laconic.sources import opened
+
+        program, folder = opened(model, shown.stage)
         found = audit_program(program, sizes=sizes, progress=shown.stage)
-    data = {"schema": 1, "model": model, **found.to_json()}
+        tables = []
+        if calibration is not None:
+            from laconic.cache import cache_folder
+            from laconic.data.load import load_data
+            from laconic.redundancy import find_redundancy
+
+            where = tokenizer or folder
+            data = load_data(calibration, found.program, folder=where, split="calibration", batch=batch)
+            advance = shown.counted(f"calibrating on {data.name}")
+            kept = cache_folder() / "calibration"
+            tables = find_redundancy(found.program, data, sizes=sizes, folder=kept, progress=advance)
+    if not speaks:
+        return None
+    document = {"schema": 1, "model": model, **found.to_json()}
+    if calibration is not None:
+        document |= {"calibration": calibration, "redundancy": [table.to_json() for table in tables]}
+    if html is not None:
+        from laconic.page import write_page
+
+        write_page(document, html, force=force)
     if json:
-        return print_json(data)
-    for line in _report(data):
+        return print_json(document)
+    for line in _report(document):
+        typer.echo(line)
+    for line in _redundancy(document.get("redundancy", [])):
         typer.echo(line)
     return None
+
+
+def _redundancy(tables: list[dict[str, Any]]) -> Iterator[str]:
+    """The first findings of each table."""
+    for table in tables:
+        yield ""
+        yield f"{table['name']} ({table['meaning']})"
+        for row in table["findings"][:_SHOWN]:
+            saving = f"{-row['weight_bytes']:+,} weight bytes, " if row["weight_bytes"] else ""
+            yield f"  {row['score']:8.4f}  {row['what']:24} {saving}risk {row['risk']:.3f}  {row['where']}"
+        if len(table["findings"]) > _SHOWN:
+            yield f"            and {len(table['findings']) - _SHOWN} more (--json)"
 
 
 def _report(data: dict[str, Any]) -> Iterator[str]:

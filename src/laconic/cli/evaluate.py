@@ -1,23 +1,53 @@
-"""`laconic eval`: differences and latency."""
+"""`laconic eval`: quality on data, or differences and latency on drawn inputs."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from laconic.cli.options import Json, Model, NoProgress, Quiet, Seed, Threads, Verbose, display, print_json
+from laconic.cli.options import (
+    Batch,
+    Json,
+    Model,
+    NoProgress,
+    Quiet,
+    Seed,
+    Threads,
+    Tokenizer,
+    Verbose,
+    display,
+    print_json,
+)
 from laconic.ir.errors import UsageError, did_you_mean
 
-METRICS = ("max-abs", "cosine", "latency")
+if TYPE_CHECKING:
+    from laconic.cli.progress import Display
+    from laconic.ir.program import Program
+
+DRAWN = ("max-abs", "cosine", "latency")
 
 
 def evaluate(
     model: Model,
     metric: Annotated[
-        list[str] | None, typer.Option("--metric", help="max-abs, cosine or latency (repeatable; default: all).")
+        list[str] | None,
+        typer.Option(
+            "--metric",
+            help="With data nats, ppl, top1, kl, cosine, or an installed one; without max-abs, cosine, latency "
+            "(repeatable; default: what the data has labels for, or all).",
+        ),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="D", help="zoo:NAME[:SPLIT], a file, a folder, module:callable.")
     ] = None,
     against: Annotated[str | None, typer.Option("--against", help="The model to compare with.")] = None,
+    calibration: Annotated[
+        str | None, typer.Option("--calibration", metavar="D", help="What decisions were made on: may not overlap.")
+    ] = None,
+    tokenizer: Tokenizer = None,
+    batch: Batch = 8,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Timed calls per model and input.")] = 20,
     json: Json = False,
     seed: Seed = 0,
@@ -26,22 +56,73 @@ def evaluate(
     verbose: Verbose = 0,
     no_progress: NoProgress = False,
 ) -> None:
-    """Measure differences and latency on drawn inputs."""
-    metrics = metric or (list(METRICS) if against else ["latency"])
-    for name in metrics:
-        if name not in METRICS:
-            raise UsageError(f"there is no metric {name!r}", hint=did_you_mean(name, METRICS))
+    """Measure a model: its quality on data, or differences and latency on drawn inputs."""
+    said = data or (f"{model}:test" if model.startswith("zoo:") and not _on_drawn(metric) else None)
+    if said is None:
+        _refuse_slips(metric, against)
+    with display(quiet, verbose, no_progress, threads) as shown:
+        from laconic.sources import opened
+
+        first, folder = opened(model, shown.stage)
+        second = opened(against, shown.stage)[0] if against else None
+        if said is None:
+            found = _drawn(first, second, metric, seed, repeats, shown)
+        else:
+            where = tokenizer or folder
+            found = _figures(first, second, metric, said, calibration, where, batch, seed, shown)
+    document = {"schema": 1, "model": model, "against": against, **found}
+    if json:
+        return print_json(document)
+    from laconic.cli.report import evaluation_report, figures_report
+
+    return evaluation_report(document) if said is None else figures_report(document)
+
+
+def _on_drawn(metric: list[str] | None) -> bool:
+    """Whether only what needs no data is asked for."""
+    return bool(metric) and all(name in DRAWN for name in metric or ())
+
+
+def _refuse_slips(metric: list[str] | None, against: str | None) -> None:
+    for name in metric or ():
+        if name not in DRAWN:
+            from laconic.ir.metrics.registry import METRICS
+
+            if name in METRICS.names():
+                raise UsageError(f"{name} is measured on data", hint="add --data D")
+            raise UsageError(f"there is no metric {name!r}", hint=did_you_mean(name, [*METRICS.names(), *DRAWN]))
         if name != "latency" and against is None:
             raise UsageError(f"{name} compares two models", hint="add --against MODEL2")
-    with display(quiet, verbose, no_progress, threads) as shown:
-        from laconic.cli.report import evaluation_report
-        from laconic.evaluate import evaluate_programs
-        from laconic.sources import program_of
 
-        first = program_of(model, shown.stage)
-        second = program_of(against, shown.stage) if against else None
-        found = evaluate_programs(first, second, metrics, seed=seed, repeats=repeats, progress=shown.stage)
-    data = {"schema": 1, "model": model, "against": against, **found}
-    if json:
-        return print_json(data)
-    return evaluation_report(data)
+
+def _drawn(
+    first: Program, second: Program | None, metric: list[str] | None, seed: int, repeats: int, shown: Display
+) -> dict[str, Any]:
+    from laconic.evaluate import evaluate_programs
+
+    metrics = metric or (list(DRAWN) if second is not None else ["latency"])
+    return evaluate_programs(first, second, metrics, seed=seed, repeats=repeats, progress=shown.stage)
+
+
+def _figures(
+    first: Program,
+    second: Program | None,
+    metric: list[str] | None,
+    said: str,
+    calibration: str | None,
+    folder: Path | None,
+    batch: int,
+    seed: int,
+    shown: Display,
+) -> dict[str, Any]:
+    from laconic.data.load import load_data
+    from laconic.figures import figures
+    from laconic.ir.data import refuse_overlap
+    from laconic.ir.metrics.registry import load
+
+    metrics = [load(name) for name in dict.fromkeys(metric or ["nats", "top1"])]
+    data = load_data(said, first, folder=folder, split="test", batch=batch)
+    if calibration is not None:
+        refuse_overlap(data, load_data(calibration, first, folder=folder, split="calibration", batch=batch))
+    advance = shown.counted(f"measuring on {data.name}")
+    return {"data": data.name, "figures": figures(first, second, data, metrics, seed=seed, progress=advance)}

@@ -9,6 +9,7 @@ import typer
 
 from laconic.cli import debug
 from laconic.cli.options import (
+    Batch,
     Force,
     Json,
     Model,
@@ -16,15 +17,19 @@ from laconic.cli.options import (
     Quiet,
     Seed,
     Threads,
+    Tokenizer,
     Verbose,
     display,
     print_json,
     refuse_early,
 )
 from laconic.formats import FORMATS
-from laconic.ir.errors import UsageError, did_you_mean
+from laconic.ir.errors import UsageError, VerificationError, did_you_mean
 
 if TYPE_CHECKING:
+    from laconic.cli.progress import Display
+    from laconic.figures import Judge
+    from laconic.ir.program import Program
     from laconic.passes.ledger import Ledger
 
 
@@ -36,6 +41,21 @@ def optimize(
         list[str] | None,
         typer.Option("--format", metavar="F", help="Also write this export into DIR: onnx, pt2 (repeatable)."),
     ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="D", help="Data to measure each pass on: zoo:NAME[:SPLIT], a file.")
+    ] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option("--metric", metavar="M", help="What to measure on it (repeatable; default: kl).")
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option("--max-drop", metavar="X", help="Write nothing if the first metric gets worse by more than this."),
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option("--calibration", metavar="D", help="What decisions are made on: may not overlap.")
+    ] = None,
+    tokenizer: Tokenizer = None,
+    batch: Batch = 8,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Run and check everything, write no DIR.")] = False,
     verify_each: Annotated[bool, typer.Option(help="Verify the program after each pass.")] = True,
     check: Annotated[bool, typer.Option(help="Check each pass's contract on several inputs and sizes.")] = True,
@@ -61,6 +81,8 @@ def optimize(
     if output is None and not dry_run:
         raise UsageError("there is nowhere to write to", hint="give -o DIR, or --dry-run to see what would be done")
     target = None if dry_run else output
+    if data is None and (metric or max_drop is not None):
+        raise UsageError(f"{'--metric' if metric else '--max-drop'} is measured on data", hint="add --data D")
     passes = parse_pipeline(pipeline)  # before the slow part, so that a slip costs nothing
     _refuse_slips(target, dump_dir, formats or [], force)
     flags = debug.Debug(
@@ -77,22 +99,59 @@ def optimize(
         from laconic.artefact import refuse_foreign, save
         from laconic.cli.report import times_table
         from laconic.ir.inputs import cases
-        from laconic.passes.manager import PassManager
-        from laconic.sources import program_of
+        from laconic.passes.manager import PassManager, no_metrics
+        from laconic.sources import opened
 
         instruments = flags.instruments(passes, shown, force, _repeated(seed, threads, verify_each, check))
         if target is not None:
             refuse_foreign(target)
-        program = program_of(model, shown.stage)
+        program, folder = opened(model, shown.stage)
         inputs = cases(program, program.forward, seed=seed)
-        run = PassManager(passes, verify_each, check, (*instruments, shown.instrument())).run(program, inputs)
+        judge = None
+        if data is not None:
+            judge = _judge(program, data, metric or ["kl"], calibration, tokenizer or folder, batch, shown)
+        manager = PassManager(passes, verify_each, check, (*instruments, shown.instrument()), judge=judge or no_metrics)
+        run = manager.run(program, inputs)
         run.ledger.model = model
+        if judge is not None and max_drop is not None:
+            _refuse_drop(judge, run.ledger, max_drop)
         if timing := debug.timing_of(instruments):
             shown.table(times_table(timing))
         if target is not None:
             options: dict[str, Any] = {"formats": formats or (), "force": force, "progress": shown.stage}
             save(run.program, run.ledger, run.plans, target, seed=seed, **options)
     return print_json(run.ledger.to_json()) if json else _report(run.ledger, target)
+
+
+def _judge(
+    program: Program,
+    data: str,
+    metric: list[str],
+    calibration: str | None,
+    folder: Path | None,
+    batch: int,
+    shown: Display,
+) -> Judge:
+    from laconic.data.load import load_data
+    from laconic.figures import Judge
+    from laconic.ir.metrics.registry import load
+
+    metrics = [load(name) for name in dict.fromkeys(metric)]
+    judged = load_data(data, program, folder=folder, split="selection", batch=batch)
+    decided = load_data(calibration, program, folder=folder, split="calibration", batch=batch) if calibration else None
+    return Judge(program, judged, metrics, calibration=decided, progress=shown.counted(f"measuring on {judged.name}"))
+
+
+def _refuse_drop(judge: Judge, ledger: Ledger, most: float) -> None:
+    """Raise VerificationError if the first metric got worse by more than `most`."""
+    drop = judge.drop(ledger.before.metrics, ledger.after.metrics)
+    if not drop <= most:
+        name = judge.metrics[0].name
+        raise VerificationError(
+            f"{name} gets worse by {drop:.4g}, more than {most:.4g}",
+            why=f"{ledger.before.metrics[name]:.6g} before, {ledger.after.metrics[name]:.6g} after",
+            hint="ask less of the pipeline, or allow more with --max-drop",
+        )
 
 
 def _repeated(seed: int, threads: int, verify_each: bool, check: bool) -> list[str]:

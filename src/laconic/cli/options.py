@@ -24,6 +24,11 @@ Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="Say m
 NoProgress = Annotated[bool, typer.Option("--no-progress", help="No progress display.")]
 Threads = Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0 leaves torch's choice.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the inputs drawn for checks.")]
+Tokenizer = Annotated[
+    Path | None,
+    typer.Option("--tokenizer", metavar="FOLDER", help="Where tokenizer.json stands, if not beside the model."),
+]
+Batch = Annotated[int, typer.Option("--batch", min=1, help="Samples per run over data.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -84,6 +84,18 @@ class Display:
             return lambda: None
         task = self._progress.add_task(text, total=total)
         return lambda: self._progress.advance(task)
+
+    def counted(self, text: str) -> Callable[[int, int], None]:
+        """A bar for what tells how many items are done, and of how many; a line where there is no terminal."""
+        advance: Any = None
+
+        def note(done: int, total: int) -> None:
+            nonlocal advance
+            if advance is None:
+                advance = self.items(text, total)
+            advance()
+
+        return note
 
     def instrument(self) -> Any:
         """An instrument that shows a pipeline's passes as a bar."""

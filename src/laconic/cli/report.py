@@ -54,12 +54,17 @@ def _yes(value: Any) -> str:
 
 def ledger_table(ledger: Ledger) -> Table:
     """A row per pass: what it did and the sizes after it."""
-    numeric = ["nodes", "weight bytes", "max-abs", "seconds"]
+    metrics = list(ledger.before.metrics)
+    numeric = ["nodes", "weight bytes", "max-abs", *metrics, "seconds"]
     table = _table(f"{ledger.model}: {ledger.pipeline or '(no pass)'}", ["pass", "contract", "did", *numeric], numeric)
-    table.add_row("captured", "", "", *_sizes(ledger.before), "")
+
+    def sizes(found: Sizes) -> list[str]:
+        return [*_sizes(found), *(f"{found.metrics[name]:.4g}" for name in metrics)]
+
+    table.add_row("captured", "", "", *sizes(ledger.before), "")
     for row in ledger.rows:
         did = row.reason if row.modified or row.skipped else f"nothing: {row.reason}"
-        table.add_row(row.spec, row.contract, did, *_sizes(row.after), f"{row.seconds:.3f}")
+        table.add_row(row.spec, row.contract, did, *sizes(row.after), f"{row.seconds:.3f}")
     return table
 
 
@@ -100,6 +105,23 @@ def evaluation_report(data: dict[str, Any]) -> None:
     for row in data["rows"]:
         table.add_row(row["input"], *("" if row[c] is None else f"{row[c]:.4g}" for c in data["columns"]))
     print_table(table)
+
+
+def figures_report(data: dict[str, Any]) -> None:
+    """A line per metric; intervals hold 95 % of the bootstrap draws."""
+    columns = ["metric", "value", "over", *(["against", "difference"] if data["against"] else [])]
+    title = data["model"] + (f" against {data['against']}" if data["against"] else "") + f", on {data['data']}"
+    table = _table(title, columns, columns[1:])
+    for row in data["figures"]:
+        cells = [row["metric"], _figure(row), f"{row['units']} units"]
+        if data["against"]:
+            cells += [_figure(row[part]) if part in row else "" for part in ("against", "difference")]
+        table.add_row(*cells)
+    print_table(table)
+
+
+def _figure(row: dict[str, Any]) -> str:
+    return f"{row['value']:.4f} [{row['low']:.4f}, {row['high']:.4f}]"
 
 
 def export_report(data: dict[str, Any]) -> None:

@@ -1,0 +1,188 @@
+"""What was planted in a model is what its audit ranks first."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+
+from architectures import llama, qwen3_moe
+from laconic.auditing import audit_program
+from laconic.cli.main import run
+from laconic.ir.capture import capture_module
+from laconic.ir.data import Batch
+from laconic.page import heat_map, page
+from laconic.redundancy import Table, find_redundancy
+from laconic.schema import schema_of
+from sequences import Ragged
+
+
+def tables(make: Callable[[], Any], plant: Callable[[Any], None], data: Ragged | None = None) -> dict[str, Table]:
+    torch.manual_seed(0)
+    model, inputs, axes = make()
+    model.eval()
+    with torch.no_grad():
+        plant(model)
+    program = capture_module(model, (), inputs, axes)
+    return {table.name: table for table in find_redundancy(program, data or Ragged(lengths=(9, 6, 8), rows=3))}
+
+
+def nothing(model: Any) -> None:
+    pass
+
+
+def test_a_duplicate_block() -> None:
+    def plant(model: Any) -> None:
+        model.model.layers[3].load_state_dict(model.model.layers[1].state_dict())
+
+    found = tables(lambda: llama(5), plant)["alike blocks of stream 0"].findings
+    assert (found[0].what, found[0].score) == ("blocks 1 and 3", 0.0)
+    assert found[1].score > 0.1
+    assert found[0].weight_bytes > 30_000
+
+
+def test_a_zero_branch() -> None:
+    def plant(model: Any) -> None:
+        model.model.layers[2].self_attn.o_proj.weight.zero_()
+
+    found = tables(lambda: llama(4), plant)["branches"].findings
+    assert found[0].what == "attention"
+    assert found[0].score < 1e-6
+    assert "layers.2" in found[0].where
+    assert found[1].score > 1e-3
+
+
+def test_a_block_without_influence() -> None:
+    def plant(model: Any) -> None:
+        for weight in (model.model.layers[1].self_attn.o_proj.weight, model.model.layers[1].mlp.down_proj.weight):
+            weight.zero_()
+
+    found = tables(lambda: llama(4), plant)["blocks of stream 0"]
+    assert (found.findings[0].what, round(found.findings[0].score, 5)) == ("block 1", 0.0)
+    assert found.findings[1].score > 1e-4
+    assert len(found.matrix) == 5
+    assert found.matrix[1][2] < 1e-3 < found.matrix[0][4]
+
+
+def test_a_duplicated_expert_and_one_that_is_never_chosen() -> None:
+    def plant(model: Any) -> None:
+        experts = model.model.layers[1].mlp.experts
+        experts.gate_up_proj[5] = experts.gate_up_proj[2]
+        experts.down_proj[5] = experts.down_proj[2]
+        model.model.layers[2].mlp.gate.weight[3] = 0
+        model.model.layers[2].mlp.gate.weight.mul_(100)
+
+    found = tables(qwen3_moe, plant)
+    alike = found["alike experts"].findings
+    assert (alike[0].what, alike[0].score) == ("experts 2 and 5", 0.0)
+    assert "layers.1" in alike[0].where
+    assert alike[1].score > 0.5
+    loads = [table for name, table in found.items() if name.startswith("experts of site")]
+    assert len(loads) == 3
+    assert loads[2].findings[0].score <= loads[2].findings[1].score
+    for table in loads:
+        assert sum(f.score for f in table.findings) == pytest.approx(len(table.findings))
+
+
+def test_a_dead_channel() -> None:
+    def plant(model: Any) -> None:
+        model.model.layers[2].mlp.up_proj.weight[11] = 0
+
+    found = tables(lambda: llama(4), plant)["hidden channels"].findings
+    assert found[0].what == "channel 11, always zero"
+    assert found[0].score == 0.0
+    assert "layers.2" in found[0].where
+    assert found[1].score > 0
+
+
+def test_repeated_tokens() -> None:
+    class Repeated(Ragged):
+        def batch(self, k: int) -> Batch:
+            found = super().batch(k)
+            found.inputs["input_ids"][:, 1::2] = found.inputs["input_ids"][:, ::2]
+            return found
+
+    repeated = tables(lambda: llama(4), nothing, Repeated(lengths=(8, 8), rows=2))["alike tokens"].findings
+    plain = tables(lambda: llama(4), nothing, Ragged(lengths=(8, 8), rows=2))["alike tokens"].findings
+    assert repeated[0].score == pytest.approx(0.0, abs=1e-6)
+    assert repeated[0].what == "100% of tokens"
+    assert plain[0].score > 0.1
+
+
+def test_an_outlier_channel_stands_last() -> None:
+    def plant(model: Any) -> None:
+        model.model.layers[1].self_attn.k_proj.weight[3] *= 50
+
+    found = tables(lambda: llama(4), plant)["cache outliers"].findings
+    assert (found[-1].what, found[-1].score > 1.3 * found[-2].score) == ("keys", True)
+    assert "layers.1" in found[-1].where
+
+
+def test_equal_matrices_anywhere() -> None:
+    def plant(model: Any) -> None:
+        model.model.layers[0].self_attn.q_proj.weight.copy_(model.model.layers[3].self_attn.o_proj.weight)
+
+    found = tables(lambda: llama(4), plant)["alike matrices"].findings
+    assert found[0].score == 0.0
+    assert "layers.0.self_attn.q_proj" in found[0].where
+    assert "layers.3.self_attn.o_proj" in found[0].where
+    assert found[1].score > 0.5
+
+
+@pytest.fixture
+def callable_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "planted.py").write_text(
+        "import torch\nfrom torch import nn\n\n"
+        "class Block(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)\n\n"
+        "    def forward(self, x):\n"
+        "        return x + self.down(torch.nn.functional.gelu(self.up(x)))\n\n"
+        "def model():\n"
+        "    torch.manual_seed(0)\n"
+        "    made = nn.Sequential(*(Block() for _ in range(4)))\n"
+        "    with torch.no_grad():\n"
+        "        made[2].down.weight.zero_()\n        made[2].down.bias.zero_()\n"
+        "    return made.eval(), (torch.randn(2, 5, 16),), ({0: torch.export.Dim('batch', min=1)},)\n\n"
+        "def data():\n"
+        "    return [{'input': torch.randn(3, 5, 16)} for _ in range(2)]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("LACONIC_CACHE_DIR", str(tmp_path / "cache"))
+    return "planted:model"
+
+
+def test_the_command_line(callable_model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    line = ["audit", callable_model, "--calibration", "planted:data", "--html", str(tmp_path / "page.html"), "-q"]
+    assert run([*line, "--json"]) == 0
+    document = json.loads(capfd.readouterr().out)
+    jsonschema.validate(document, schema_of("audit"))
+    named = {table["name"]: table for table in document["redundancy"]}
+    assert named["branches"]["findings"][0]["score"] == 0.0
+    written = (tmp_path / "page.html").read_text()
+    assert "<svg" in written
+    assert "http" not in written.replace("http://www.w3.org", "")
+    assert "<script" not in written
+    assert run([*line]) == 2  # the page is there
+    assert run([*line, "--force"]) == 0
+    said = capfd.readouterr().out
+    assert "branches (size of what a branch changes" in said
+
+
+def test_a_page_without_calibration_and_with_awkward_names() -> None:
+    torch.manual_seed(0)
+    model, inputs, axes = llama(2)
+    document = {"model": "<b>&", **audit_program(capture_module(model.eval(), (), inputs, axes)).to_json()}
+    said = page(document)
+    assert "&lt;b&gt;&amp;" in said
+    assert "<b>" not in said
+
+
+def test_a_heat_map_of_equal_numbers() -> None:
+    assert heat_map([[0.5, 0.5], [0.5, 0.5]]).count("<rect") == 4
