@@ -23,7 +23,7 @@ from laconic.models.training import Recipe, Run, start, train
 from laconic.models.vit import Vit
 from laconic.models.vlm import Vlm
 
-CHECKPOINTS = Path(__file__).parent / "checkpoints"
+CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 
 _RECIPES: dict[str, Callable[[Path], Recipe]] = {
     LlamaMha.name: LlamaMha,

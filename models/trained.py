@@ -18,7 +18,7 @@ from laconic.models import datasets, tokenizer
 from laconic.models.canvas import GRID, QUADRANTS
 from laconic.models.corpus import Split, committed
 
-FOLDER = Path(__file__).parent / "checkpoints"
+FOLDER = Path(__file__).resolve().parent / "checkpoints"
 
 _BATCH, _LENGTH = 3, 48  # of the example call
 

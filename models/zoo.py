@@ -10,12 +10,13 @@ from laconic.ir.errors import UsageError, did_you_mean
 if TYPE_CHECKING:
     from laconic.ir.source_model import Source
 
-_TRAINED = ("llama-gqa", "llama-mha", "moe", "moe-sigmoid", "vit", "vlm")
+#: Those that are trained here. Their data has labels.
+LABELLED = ("llama-gqa", "llama-mha", "moe", "moe-sigmoid", "vit", "vlm")
 
 
 def names() -> list[str]:
     """What `load` takes, sorted."""
-    return sorted(["minilm", *_TRAINED])
+    return sorted(["minilm", *LABELLED])
 
 
 def load(name: str) -> Source:
@@ -24,7 +25,7 @@ def load(name: str) -> Source:
         from laconic.models import minilm
 
         return minilm.source()
-    if name in _TRAINED:
+    if name in LABELLED:
         from laconic.models import trained
 
         return trained.source(name)

@@ -57,7 +57,7 @@ def evaluate(
     no_progress: NoProgress = False,
 ) -> None:
     """Measure a model: its quality on data, or differences and latency on drawn inputs."""
-    said = data or (f"{model}:test" if model.startswith("zoo:") and not _on_drawn(metric) else None)
+    said = data or _own_data(model, metric)
     if said is None:
         _refuse_slips(metric, against)
     with display(quiet, verbose, no_progress, threads) as shown:
@@ -78,9 +78,13 @@ def evaluate(
     return evaluation_report(document) if said is None else figures_report(document)
 
 
-def _on_drawn(metric: list[str] | None) -> bool:
-    """Whether only what needs no data is asked for."""
-    return bool(metric) and all(name in DRAWN for name in metric or ())
+def _own_data(model: str, metric: list[str] | None) -> str | None:
+    """The test split of a reference model that has labels, unless only what needs no data is asked for."""
+    from laconic.models import zoo
+
+    name = model.removeprefix("zoo:")
+    drawn = bool(metric) and all(each in DRAWN for each in metric or ())
+    return f"{model}:test" if name != model and name in zoo.LABELLED and not drawn else None
 
 
 def _refuse_slips(metric: list[str] | None, against: str | None) -> None:
