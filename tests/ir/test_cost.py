@@ -221,7 +221,7 @@ def test_flops_are_those_that_torch_counts() -> None:
     assert flops_at(program) == counted(module, *inputs) > 0
     larger = torch.randn(7, 4, 8, 8), torch.randn(7, 5, 16)
     assert flops_at(program, {"batch": 7}) == counted(module, *larger)
-    sizes = measure(program, None)
+    sizes = measure(program, None, {})
     assert sizes.flops == flops_at(program)
 
 
