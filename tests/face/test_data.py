@@ -55,6 +55,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def saved(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, captured and saved once."""
+    path = tmp_path_factory.mktemp("saved") / "out"
+    assert run(["optimize", str(folder), "-o", str(path), "-p", "none", "-q"]) == 0
+    return path
+
+
 TEXTS = ["import os\n\n\ndef here() -> str:\n    return os.getcwd()\n" * 4, "class A:\n    pass\n", "x = 1\n" * 90]
 
 
@@ -214,9 +222,9 @@ def test_a_folder_of_images(tmp_path: Path) -> None:
         load_data(str(tmp_path), program, split="test")
 
 
-def test_eval_on_data(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_eval_on_data(saved: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = str(written(tmp_path / "a.jsonl"))
-    line = ["eval", str(folder), "--data", path, "--against", str(folder), "-q"]
+    line = ["eval", str(saved), "--data", path, "--against", str(saved), "-q"]
     assert run([*line, "--metric", "nats", "--metric", "kl", "--json"]) == 0
     document = json.loads(capfd.readouterr().out)
     jsonschema.validate(document, schema_of("eval"))
@@ -230,29 +238,24 @@ def test_eval_on_data(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 
 
 def test_a_saved_dir_remembers_where_its_tokenizer_is(
-    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    saved: Path, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(["optimize", str(folder), "-o", str(tmp_path / "out"), "-q"]) == 0
-    path = str(written(tmp_path / "a.jsonl"))
-    line = ["eval", str(tmp_path / "out"), "--data", path, "--against", str(folder), "-q", "--json"]
-    capfd.readouterr()
+    line = ["eval", str(saved), "--data", str(written(tmp_path / "a.jsonl")), "--against", str(folder), "-q", "--json"]
     assert run(line) == 0
     figures = json.loads(capfd.readouterr().out)["figures"]
     assert all(row["difference"]["value"] == 0.0 for row in figures)
 
 
-def test_eval_refuses_what_was_calibrated_on(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_eval_refuses_what_was_calibrated_on(saved: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     one, other = written(tmp_path / "a.jsonl"), written(tmp_path / "b.jsonl", [TEXTS[1], "y = 2\n" * 9])
-    assert run(["eval", str(folder), "--data", str(one), "--calibration", str(other), "-q"]) == 2
+    assert run(["eval", str(saved), "--data", str(one), "--calibration", str(other), "-q"]) == 2
     assert "overlaps the calibration set" in capfd.readouterr().err
     apart = written(tmp_path / "c.jsonl", ["y = 2\n" * 9])
-    assert run(["eval", str(folder), "--data", str(one), "--calibration", str(apart), "-q"]) == 0
+    assert run(["eval", str(saved), "--data", str(one), "--calibration", str(apart), "-q"]) == 0
 
 
-def test_optimize_tells_metrics_after_each_pass(
-    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    line = ["optimize", str(folder), "--data", str(written(tmp_path / "a.jsonl")), "--metric", "nats", "--metric", "kl"]
+def test_optimize_tells_metrics_after_each_pass(saved: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    line = ["optimize", str(saved), "--data", str(written(tmp_path / "a.jsonl")), "--metric", "nats", "--metric", "kl"]
     assert run([*line, "--max-drop", "0", "-o", str(tmp_path / "out"), "--json", "-q"]) == 0
     document = json.loads(capfd.readouterr().out)
     jsonschema.validate(document, schema_of("optimize"))
@@ -265,21 +268,21 @@ def test_optimize_tells_metrics_after_each_pass(
 
 
 def test_a_drop_that_is_not_allowed_writes_nothing(
-    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    saved: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("laconic.figures.Judge.drop", lambda self, before, after: 0.25)
-    line = ["optimize", str(folder), "--data", str(written(tmp_path / "a.jsonl")), "-o", str(tmp_path / "out"), "-q"]
+    line = ["optimize", str(saved), "--data", str(written(tmp_path / "a.jsonl")), "-o", str(tmp_path / "out"), "-q"]
     assert run([*line, "--max-drop", "0.2"]) == 3
     assert "kl gets worse by 0.25, more than 0.2" in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
     assert run([*line, "--max-drop", "0.3"]) == 0
 
 
-def test_optimize_refuses_what_it_decides_on(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_optimize_refuses_what_it_decides_on(saved: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = str(written(tmp_path / "a.jsonl"))
-    assert run(["optimize", str(folder), "--data", path, "--calibration", path, "--dry-run", "-q"]) == 2
+    assert run(["optimize", str(saved), "--data", path, "--calibration", path, "--dry-run", "-q"]) == 2
     assert "overlaps the calibration set" in capfd.readouterr().err
-    assert run(["optimize", str(folder), "--max-drop", "0.1", "--dry-run", "-q"]) == 2
+    assert run(["optimize", str(saved), "--max-drop", "0.1", "--dry-run", "-q"]) == 2
     assert "--max-drop is measured on data" in capfd.readouterr().err
 
 
@@ -293,14 +296,14 @@ def test_optimize_refuses_what_it_decides_on(folder: Path, tmp_path: Path, capfd
         (["--data", "zoo:vit:test"], "does not take"),
     ],
 )
-def test_slips(folder: Path, capfd: pytest.CaptureFixture[str], more: list[str], said: str) -> None:
-    assert run(["eval", str(folder), *more, "-q"]) == 2
+def test_slips(saved: Path, capfd: pytest.CaptureFixture[str], more: list[str], said: str) -> None:
+    assert run(["eval", str(saved), *more, "-q"]) == 2
     assert said in capfd.readouterr().err
 
 
-def test_two_processes_have_the_sums_of_one(folder: Path, tmp_path: Path) -> None:
+def test_two_processes_have_the_sums_of_one(saved: Path, tmp_path: Path) -> None:
     path = str(written(tmp_path / "a.jsonl"))
-    line = ["audit", str(folder), "--calibration", path, "--batch", "2", "--threads", "1", "-q", "--json"]
+    line = ["audit", str(saved), "--calibration", path, "--batch", "2", "--threads", "1", "-q", "--json"]
 
     def found(*start: str) -> Any:
         import os
