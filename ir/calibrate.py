@@ -261,10 +261,10 @@ def _joined(sums: Sums, maxima: frozenset[str]) -> Sums:
     """The sums of all processes."""
     if _process()[1] > 1:
         for name, value in sums.items():
-            device = value.to("cuda") if torch.distributed.get_backend() == "nccl" else value
+            shared = value.to("cuda") if torch.distributed.get_backend() == "nccl" else value
             how = torch.distributed.ReduceOp.MAX if name in maxima else torch.distributed.ReduceOp.SUM
-            torch.distributed.all_reduce(device, how)
-            sums[name] = device.cpu()
+            torch.distributed.all_reduce(shared, how)
+            sums[name] = shared.cpu()
     return sums
 
 

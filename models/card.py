@@ -23,7 +23,7 @@ from laconic.ir.errors import LaconicError, UsageError, did_you_mean
 from laconic.ir.metrics.quality import IGNORED, Accuracy, Nats
 from laconic.ir.quality import Figure, Units, difference, figure
 from laconic.machine import machine
-from laconic.models import corpus, datasets, tokenizer, trained
+from laconic.models import corpus, datasets, text_figures, tokenizer, trained
 from laconic.models.canvas import EMPTY, GRID, QUADRANTS
 from laconic.models.corpus import Split
 from laconic.models.decoders import WINDOW
@@ -123,21 +123,13 @@ def _nats(model: Any, chosen: Sequence[Window]) -> list[NDArray[np.float64]]:
 
 
 def _novel(window: Window) -> NDArray[np.bool_]:
-    """Which tokens follow their predecessor for the first time in their window: what no copying can tell."""
-    seen: set[tuple[int, int]] = set()
-    found = []
-    for bigram in zip(window.ids, window.following, strict=True):
-        if bigram[1] != IGNORED:
-            found.append(bigram not in seen)
-            seen.add(bigram)
-    return np.array(found, dtype=np.bool_)
+    predicted = [k for k, token in enumerate(window.following) if token != IGNORED]
+    return np.array(text_figures.novel(window.ids, window.following), dtype=np.bool_)[predicted]
 
 
 def _router(model: Any) -> dict[str, Any]:
-    from laconic.models.text_figures import expert_load
-
     ids, _ = tokenizer.encode(corpus.committed(Split.SELECTION))
-    load = expert_load(model, torch.from_numpy(ids), WINDOW).double()
+    load = text_figures.expert_load(model, torch.from_numpy(ids), WINDOW).double()
     share = load / load.mean(1, keepdim=True)
     found: dict[str, Any] = {
         "load": [[round(x, 3) for x in row] for row in share.tolist()],

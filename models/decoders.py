@@ -90,6 +90,21 @@ class Decoder(Recipe):
         return {"selection": float(text_figures.token_nats(student["model"], self._look_ids, WINDOW).mean())}
 
 
+def llama_config(width: int, layers: int, heads: int, kv_heads: int, hidden: int) -> Any:
+    """A Llama of heads of 64, on the zoo's tokenizer."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=64,
+        intermediate_size=hidden,
+        **_SHARED,
+    )
+
+
 class LlamaMha(Decoder):
     """Ten blocks of 256, four heads with keys and values of their own."""
 
@@ -97,17 +112,7 @@ class LlamaMha(Decoder):
     steps = 3000
 
     def config(self) -> Any:
-        from transformers import LlamaConfig
-
-        return LlamaConfig(
-            hidden_size=256,
-            num_hidden_layers=10,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            head_dim=64,
-            intermediate_size=256,
-            **_SHARED,
-        )
+        return llama_config(256, 10, heads=4, kv_heads=4, hidden=256)
 
 
 class LlamaGqa(Decoder):
@@ -117,17 +122,7 @@ class LlamaGqa(Decoder):
     steps = 4000
 
     def config(self) -> Any:
-        from transformers import LlamaConfig
-
-        return LlamaConfig(
-            hidden_size=192,
-            num_hidden_layers=8,
-            num_attention_heads=3,
-            num_key_value_heads=1,
-            head_dim=64,
-            intermediate_size=256,
-            **_SHARED,
-        )
+        return llama_config(192, 8, heads=3, kv_heads=1, hidden=256)
 
 
 class Mixture(Decoder):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 
 _BATCH = 8
 
@@ -37,17 +35,14 @@ def token_nats(model: Any, ids: torch.Tensor, window: int) -> torch.Tensor:
     return torch.cat(found)
 
 
-def novel(ids: torch.Tensor, window: int) -> NDArray[np.bool_]:
-    """Which tokens but the first follow their predecessor for the first time in their window, (length - 1,): what no
-    copying from the context can tell."""
-    found = np.ones(len(ids) - 1, dtype=np.bool_)
-    stream = ids.tolist()
-    for start in range(0, len(stream) - 1, window):
-        seen = set()
-        for k in range(start, min(start + window, len(stream) - 1)):
-            bigram = stream[k], stream[k + 1]
-            found[k] = bigram not in seen
-            seen.add(bigram)
+def novel(ids: Sequence[int], following: Sequence[int]) -> list[bool]:
+    """Of the tokens of one window and those that follow them: which follow their predecessor for the first time. What
+    no copying from the context can tell."""
+    seen: set[tuple[int, int]] = set()
+    found = []
+    for bigram in zip(ids, following, strict=True):
+        found.append(bigram not in seen)
+        seen.add(bigram)
     return found
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from laconic.ir.files import place_file, temporary_beside
 from laconic.models.corpus import Document, training_documents
 
 FOLDER = Path(__file__).parent / "data" / "tokenizer"
@@ -89,8 +90,8 @@ def training_stream(cache_folder: Path) -> tuple[NDArray[np.int64], str]:
     name = digest.hexdigest()
     path = cache_folder / f"tokens-{name[:16]}.npy"
     if not path.exists():
-        cache_folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial.npy")
-        np.save(partial, encode(documents)[0].astype(np.uint16))
-        partial.replace(path)
+        with temporary_beside(path) as temporary:
+            with temporary.open("wb") as file:
+                np.save(file, encode(documents)[0].astype(np.uint16))
+            place_file(temporary, path, force=True)
     return np.load(path).astype(np.int64), name

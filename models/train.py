@@ -84,7 +84,7 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     run = start(recipe(name, work), work / name)
-    with _bar(run) as report:
+    with _Bar(run) as report:
         done = train(run, until=until, look_every=look_every, compiled=compiled, report=report)
     if not done:
         typer.echo(f"interrupted at step {run.step}; the same command goes on", err=True)
@@ -94,7 +94,7 @@ def main(
         typer.echo(str(target))
 
 
-class _bar:
+class _Bar:
     """A bar with the last figures; where there is no terminal, a line every fifty steps."""
 
     def __init__(self, run: Run) -> None:
@@ -105,7 +105,6 @@ class _bar:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             disable=not sys.stderr.isatty(),
-            console=None,
         )
         self._task = self._shown.add_task(run.recipe.name, total=run.recipe.steps, completed=run.step)
 
@@ -121,7 +120,7 @@ class _bar:
         self._shown.update(self._task, completed=run.step, description=f"{run.recipe.name}: {figures}")
         if self._shown.disable and (run.step % 50 == 0 or "selection" in row):
             rate = run.seconds / run.step
-            print(f"step {run.step}: {figures} ({rate:.3f} s a step)", file=sys.stderr, flush=True)
+            print(f"step {run.step}: {figures} ({rate:.3f} processor seconds a step)", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

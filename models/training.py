@@ -7,7 +7,6 @@ curve; it is replaced whole, every `SAVE_EVERY` steps and when the run is interr
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from abc import ABC, abstractmethod
@@ -21,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from laconic.ir.files import place_file, temporary_beside
 from laconic.models.muon import Muon
 
 SAVE_EVERY = 250  # steps
@@ -74,7 +74,11 @@ def schedule(step: int, steps: int) -> float:
 
 @dataclass
 class Run:
-    """A training run: `curve` has a row per look, with `step`, `seconds` and the recipe's figures."""
+    """A training run: `curve` has a row per look, with `step`, `seconds` and the recipe's figures.
+
+    `seconds` are those of the processor, all threads together: what a run costs, however often it was stopped and
+    whatever else ran beside it.
+    """
 
     recipe: Recipe
     student: nn.Module
@@ -98,21 +102,18 @@ class Run:
 
     def save(self) -> None:
         """Replace what is kept, whole."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        torch.save(
-            {
-                "step": self.step,
-                "seconds": self.seconds,
-                "curve": self.curve,
-                "numbers": self.recipe.numbers,
-                "student": self.student.state_dict(),
-                "muon": self.muon.state_dict(),
-                "adamw": self.adamw.state_dict(),
-            },
-            partial,
-        )
-        os.replace(partial, self.path)
+        kept = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "curve": self.curve,
+            "numbers": self.recipe.numbers,
+            "student": self.student.state_dict(),
+            "muon": self.muon.state_dict(),
+            "adamw": self.adamw.state_dict(),
+        }
+        with temporary_beside(self.path) as temporary:
+            torch.save(kept, temporary)
+            place_file(temporary, self.path, force=True)
 
     def restore(self) -> bool:
         """Go on from what is kept; False if there is nothing."""
@@ -155,7 +156,7 @@ def train(
 
     compute = torch.compile(loss, dynamic=False) if compiled else loss
     student.train()
-    began = time.perf_counter() - run.seconds
+    began = time.process_time() - run.seconds
     with _until_interrupted() as interrupted:
         while run.step < (total if until is None else min(until, total)) and not interrupted:
             rate = schedule(run.step, total)
@@ -164,7 +165,7 @@ def train(
             _step(run, rate)
             recipe.after(student, run.step, seen, rate)
             run.step += 1
-            run.seconds = time.perf_counter() - began
+            run.seconds = time.process_time() - began
             row = {"loss": float(value.detach())} | {k: float(v) for k, v in seen.items() if v.numel() == 1}
             if run.step % look_every == 0 or run.step == total:
                 row |= _look(run)

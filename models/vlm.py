@@ -17,6 +17,7 @@ from torch import nn
 from laconic.models import canvas, tokenizer
 from laconic.models.canvas import EMPTY, GRID, SIZE, Canvases
 from laconic.models.corpus import Split
+from laconic.models.decoders import llama_config
 from laconic.models.vit import PATCH, SIDE, Growing, start_tower, tower_config
 
 _LOOKED_AT = 256  # canvases
@@ -39,26 +40,12 @@ class Vlm(Growing):
     layout = GRID
 
     def build(self) -> nn.Module:
-        from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+        from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-        text = LlamaConfig(
-            vocab_size=tokenizer.VOCABULARY,
-            hidden_size=128,
-            num_hidden_layers=4,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            head_dim=64,
-            intermediate_size=384,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            bos_token_id=0,
-            eos_token_id=0,
-            pad_token_id=1,
-        )
         class_: Any = LlavaConfig
         config = class_(
             vision_config=tower_config(4),
-            text_config=text,
+            text_config=llama_config(128, 4, heads=2, kv_heads=2, hidden=384),
             image_token_id=_IMAGE,
             image_seq_length=SIDE * SIDE,
             vision_feature_layer=-1,

@@ -24,14 +24,11 @@ class Rows:
 
     mask: torch.Tensor | None = None
 
-    def flat(self, value: torch.Tensor, *, heads: bool = False) -> torch.Tensor:
-        """The rows that count, (rows, width). `value` is (samples, positions, ..., width), or flat already; with
-        `heads` it is (samples, heads, positions, width), and a row is that of all heads side by side.
+    def flat(self, value: torch.Tensor) -> torch.Tensor:
+        """The rows that count, (rows, width). `value` is (samples, positions, ..., width), or flat already.
 
         Raises UsageError if the positions of the value are not those of the mask.
         """
-        if heads:
-            value = value.transpose(1, 2).flatten(2)
         if self.mask is None or bool(self.mask.all()):
             return value.reshape(-1, value.shape[-1])
         if value.ndim > 2 and value.shape[:2] == self.mask.shape:

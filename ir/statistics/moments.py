@@ -13,13 +13,9 @@ from laconic.ir.statistics.base import Rows, Statistic, Sums, width_of
 
 @dataclass(frozen=True)
 class Moments(Statistic):
-    """For each channel of a value: `total`, `squares`, `absolute` and `greatest` of |x|, (width,); `rows`, ().
-
-    `heads`: the value is (samples, heads, positions, width), and channels are those of all heads side by side.
-    """
+    """For each channel of a value: `total`, `squares`, `absolute` and `greatest` of |x|, (width,); `rows`, ()."""
 
     node: str
-    heads: bool = False
 
     maxima: ClassVar[frozenset[str]] = frozenset({"greatest"})
 
@@ -28,7 +24,7 @@ class Moments(Statistic):
         return (self.node,)
 
     def sums(self, values: Sequence[torch.Tensor], rows: Rows) -> Sums:
-        x = rows.flat(values[0], heads=self.heads).double()
+        x = rows.flat(values[0]).double()
         absolute = x.abs()
         return {
             "rows": torch.tensor(len(x)),
@@ -39,8 +35,7 @@ class Moments(Statistic):
         }
 
     def size(self, shapes: Sequence[tuple[Any, ...]]) -> int:
-        heads = int(shapes[0][1]) if self.heads else 1
-        return 1 + 4 * heads * width_of(shapes[0])
+        return 1 + 4 * width_of(shapes[0])
 
 
 @dataclass(frozen=True)
@@ -67,13 +62,6 @@ class Covariance(Statistic):
     def least_rows(self, shapes: Sequence[tuple[Any, ...]]) -> int:
         """As many as there are channels, or the products cannot be told apart from those of fewer."""
         return width_of(shapes[0])
-
-
-@dataclass(frozen=True)
-class GradientMoments(Moments):
-    """The same of the gradient of the summed loss by a value."""
-
-    gradient: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)

@@ -143,8 +143,15 @@ def test_reading_with_fewer_patches() -> None:
 
 def test_novel_tokens_and_windows() -> None:
     ids = torch.tensor([1, 2, 3, 1, 2, 3, 1, 2, 4])
-    assert text_figures.novel(ids, 8).tolist() == [True, True, True, False, False, False, False, True]
-    assert text_figures.novel(ids, 4).tolist() == [True, True, True, False, True, True, True, True]
+    stream = ids.tolist()
+
+    def novel(window: int) -> list[bool]:
+        starts = range(0, len(stream) - 1, window)
+        parts = [(stream[s : s + window], stream[s + 1 : s + window + 1]) for s in starts]
+        return [each for part in parts for each in text_figures.novel(*part)]
+
+    assert novel(8) == [True, True, True, False, False, False, False, True]
+    assert novel(4) == [True, True, True, False, True, True, True, True]
     cut = [batch.shape for batch in text_figures.windows(ids, 4)]
     assert cut == [(2, 5)]
     assert [tuple(b.shape) for b in text_figures.windows(ids[:8], 4)] == [(1, 5), (1, 4)]
