@@ -46,6 +46,8 @@ class Data(ABC):
     name: str
     digest: str
     samples: frozenset[str]
+    #: What is measured on it where no metric is named.
+    metrics: tuple[str, ...] = ("nats", "top1")
 
     @abstractmethod
     def __len__(self) -> int:

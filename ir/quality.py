@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from laconic.ir.data import Batch, Data, flat_inputs
 from laconic.ir.errors import UsageError
 from laconic.ir.interpret import Interpreter
-from laconic.ir.metrics.base import Metric, Parts, Results, Run
+from laconic.ir.metrics.base import Metric, Parts, Results
 from laconic.ir.program import Entry, Program, Role
 
 _DRAWS = 2000
@@ -45,55 +45,74 @@ def named_results(entry: Entry, results: Sequence[Any]) -> Results:
 
 
 def measure(
-    program: Program,
+    programs: Sequence[Program],
     data: Data,
     metrics: Sequence[Metric],
     *,
-    against: Program | None = None,
+    reference: Program | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Units]:
-    """Each metric of `forward` by unit. `against` gives the results that some compare with.
+) -> list[dict[str, Units]]:
+    """Each metric of each program's `forward` by unit. The programs take turns, batch by batch, so that what is timed
+    is timed side by side. Metrics that compare are of the first program alone, with the results of `reference`.
 
     Raises UsageError for a metric that compares where there is nothing to compare with, for data without batches, and
     for inputs that do not fit.
     """
     for metric in metrics:
-        if metric.reference and against is None:
+        if metric.reference and reference is None:
             raise UsageError(f"{metric.name} compares two models", hint="add --against MODEL2")
     if not len(data):
         raise UsageError(f"{data.name} is empty", hint="evaluate on at least one sample")
-    run = _runner(program)
-    other = _runner(against) if against is not None else None
-    found: dict[str, dict[str, list[float]]] = {metric.name: {} for metric in metrics}
-    compares = any(metric.reference and not metric.runs for metric in metrics)
+    measured = {id(program): _Measured(program) for program in [*programs, *([reference] if reference else [])]}
+    other = measured[id(reference)] if reference is not None else None
+    turns = [measured[id(program)] for program in programs]
+    sums: list[dict[str, dict[str, list[float]]]] = [
+        {metric.name: {} for metric in metrics if not (metric.reference and n)} for n in range(len(turns))
+    ]
     for k in range(len(data)):
         batch = data.batch(k)
-        flat_inputs(program, batch, data.place(k))
-        results = run(batch.inputs) if any(not metric.runs for metric in metrics) else {}
-        reference = None
-        if other is not None and against is not None and compares:
-            flat_inputs(against, batch, data.place(k))
-            reference = other(batch.inputs)
-        for metric in metrics:
-            if metric.runs:
-                assert other is not None
-                part = metric.parts_of_runs(run, batch, other)
-            else:
-                part = metric.parts(results, batch, reference)
-            _collect(found[metric.name], part, batch, k)
+        for each in measured.values():
+            each.take(batch, data.place(k))
+        for found, each in list(zip(sums, turns, strict=True))[:: -1 if k % 2 else 1]:
+            for metric in metrics:
+                if metric.name in found:
+                    _collect(found[metric.name], _parts(metric, each, other, batch), batch, k)
         progress(k + 1, len(data))
-    return {name: _units(by_unit) for name, by_unit in found.items()}
+    return [{name: _units(by_unit) for name, by_unit in found.items()} for found in sums]
 
 
-def _runner(program: Program) -> Run:
-    """The results of `forward` by name, for inputs by name."""
-    interpreter = Interpreter(program, [])
-    names = [declared.name for declared in program.forward.inputs]
+class _Measured:
+    """A program that is measured; it computes the results of a batch once, if anybody asks."""
 
-    def run(inputs: dict[str, torch.Tensor]) -> Results:
-        return named_results(interpreter.entry, interpreter([inputs[name] for name in names]).results)
+    def __init__(self, program: Program) -> None:
+        self._program, self._interpreter = program, Interpreter(program, [])
+        self._names = [declared.name for declared in program.forward.inputs]
+        self._batch: Batch | None = None
+        self._results: Results | None = None
 
-    return run
+    def take(self, batch: Batch, place: str) -> None:
+        """Go on to a batch. Raises UsageError if the program does not take it."""
+        flat_inputs(self._program, batch, place)
+        self._batch, self._results = batch, None
+
+    def run(self, inputs: dict[str, torch.Tensor]) -> Results:
+        """The results of `forward` by name, for inputs by name."""
+        flat = [inputs[name] for name in self._names]
+        return named_results(self._interpreter.entry, self._interpreter(flat).results)
+
+    def results(self) -> Results:
+        """Those of the batch."""
+        if self._results is None:
+            assert self._batch is not None
+            self._results = self.run(self._batch.inputs)
+        return self._results
+
+
+def _parts(metric: Metric, ours: _Measured, reference: _Measured | None, batch: Batch) -> Parts:
+    theirs = reference if metric.reference else None
+    if metric.runs:
+        return metric.parts_of_runs(ours.run, batch, theirs.run if theirs else None)
+    return metric.parts(ours.results(), batch, theirs.results() if theirs else None)
 
 
 def _collect(found: dict[str, list[float]], part: Parts, batch: Batch, k: int) -> None:

@@ -45,7 +45,7 @@ class Metric(ABC):
     def parts(self, results: Results, batch: Batch, reference: Results | None) -> Parts:
         """Of each position of a batch. Raises UsageError if the results or the batch are not of this metric's kind."""
 
-    def parts_of_runs(self, run: Run, batch: Batch, reference: Run) -> Parts:
+    def parts_of_runs(self, run: Run, batch: Batch, reference: Run | None) -> Parts:
         """The same for a metric that `runs`: `run` and `reference` give a model's results for inputs by name."""
         raise NotImplementedError
 

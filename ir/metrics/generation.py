@@ -25,7 +25,8 @@ class Agreement(Metric):
     def parts(self, results: Results, batch: Batch, reference: Results | None) -> Parts:
         raise UsageError("generation runs the models itself")
 
-    def parts_of_runs(self, run: Run, batch: Batch, reference: Run) -> Parts:
+    def parts_of_runs(self, run: Run, batch: Batch, reference: Run | None) -> Parts:
+        assert reference is not None
         prompts = _prompts(batch)
         weights = torch.zeros(batch.samples, 1, dtype=torch.float64)
         sums = weights.clone()

@@ -12,8 +12,11 @@ METRICS = Registry(
         "cosine": "laconic.ir.metrics.quality:Cosine",
         "generation": "laconic.ir.metrics.generation:Agreement",
         "kl": "laconic.ir.metrics.quality:Divergence",
+        "latency": "laconic.ir.metrics.costs:Latency",
+        "memory": "laconic.ir.metrics.costs:Memory",
         "nats": "laconic.ir.metrics.quality:Nats",
         "ppl": "laconic.ir.metrics.quality:Perplexity",
+        "recall@1": "laconic.ir.metrics.retrieval:Recall",
         "top1": "laconic.ir.metrics.quality:Accuracy",
     },
 )

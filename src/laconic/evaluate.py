@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,12 +9,13 @@ import torch
 
 from laconic.ir.errors import UsageError
 from laconic.ir.inputs import Case, cases
+from laconic.ir.metrics.costs import peak_bytes
 from laconic.ir.metrics.differences import cosine, max_abs
 from laconic.ir.outcomes import run_case
 from laconic.ir.program import Program
 from laconic.ir.run import check_inputs
 from laconic.ir.types import TensorType, type_of, type_text
-from laconic.latency import by_turns, program_way, ratios
+from laconic.latency import Interval, by_turns, program_way, ratios
 
 
 def evaluate_programs(
@@ -28,15 +28,13 @@ def evaluate_programs(
     progress: Callable[[str], None] = lambda stage: None,
 ) -> dict[str, Any]:
     """Columns, and a row per input: `max-abs` and `cosine` of all results against the other program; `latency ms`, the
-    median of `repeats` calls, the two programs taking turns, and their `ratio` (median of the paired ones).
+    median of `repeats` calls, the two programs taking turns, and their `ratio` (median of the paired ones), each with
+    an interval of 95 %; `memory MB`, the peak of one call beside weights and inputs (10^6 bytes).
 
     Raises UsageError if the two take different inputs or return different results.
     """
     if against is not None:
         _same_interface(program, against)
-    columns = [m for m in metrics if m != "latency"]
-    if "latency" in metrics:
-        columns += ["latency ms"] + (["latency ms against", "ratio"] if against else [])
     rows = []
     for case in _shared_cases(program, against, seed):
         progress(f"measuring on {case}")
@@ -45,8 +43,11 @@ def evaluate_programs(
             row.update(_differences(program, against, case, metrics))
         if "latency" in metrics:
             row.update(_latency(program, against, case, repeats))
+        if "memory" in metrics:
+            row.update(_memory(program, against, case))
         rows.append(row)
-    return {"columns": columns, "rows": rows}
+    edges = tuple(f"{name} {edge}" for name in rows[0] for edge in ("low", "high"))
+    return {"columns": [name for name in rows[0] if name not in ("input", *edges)], "rows": rows}
 
 
 def _same_interface(program: Program, against: Program) -> None:
@@ -118,8 +119,18 @@ def _differences(program: Program, against: Program, case: Case, metrics: Sequen
 def _latency(program: Program, against: Program | None, case: Case, repeats: int) -> dict[str, float]:
     ways = {"ours": program_way(program)} | ({"theirs": program_way(against)} if against is not None else {})
     times = by_turns(ways, case.clone, repeats)
-    found = {"latency ms": 1e3 * statistics.median(times["ours"])}
+    found = _spread("latency ms", [1e3 * t for t in times["ours"]])
     if against is not None:
-        found["latency ms against"] = 1e3 * statistics.median(times["theirs"])
-        found["ratio"] = statistics.median(ratios(times, "ours", "theirs"))
+        found |= _spread("latency ms against", [1e3 * t for t in times["theirs"]])
+        found |= _spread("ratio", ratios(times, "ours", "theirs"))
     return found
+
+
+def _spread(name: str, values: Sequence[float]) -> dict[str, float]:
+    found = Interval.of(values)
+    return {name: found.median, f"{name} low": found.low, f"{name} high": found.high}
+
+
+def _memory(program: Program, against: Program | None, case: Case) -> dict[str, float]:
+    programs = {"memory MB": program} | ({"memory MB against": against} if against is not None else {})
+    return {name: peak_bytes(program_way(each)(case.clone())) / 1e6 for name, each in programs.items()}

@@ -35,9 +35,9 @@ def figures(
     """
     if data.name.endswith(":test"):
         log.warning("%s is a test split: tune on the selection split", data.name)
-    ours = measure(program, data, metrics, against=against, progress=progress)
-    alone = [metric for metric in metrics if not metric.reference]
-    theirs = measure(against, data, alone, progress=progress) if against is not None and alone else {}
+    programs = [program] if against is None else [program, against]
+    ours, *others = measure(programs, data, metrics, reference=against, progress=progress)
+    theirs = others[0] if others else {}
     rows = []
     for metric in metrics:
         found = ours[metric.name]
@@ -71,7 +71,7 @@ class Judge:
         self.metrics, self._original, self._data, self._progress = metrics, original, data, progress
 
     def __call__(self, program: Program) -> dict[str, float]:
-        found = measure(program, self._data, self.metrics, against=self._original, progress=self._progress)
+        (found,) = measure([program], self._data, self.metrics, reference=self._original, progress=self._progress)
         return {metric.name: figure(metric, found[metric.name]).value for metric in self.metrics}
 
     def drop(self, before: Mapping[str, float], after: Mapping[str, float]) -> float:

@@ -139,7 +139,10 @@ def test_optimize_writes_a_dir_and_the_ledger(user_folder: Path, capfd: pytest.C
     assert {p.name for p in (user_folder / "out").iterdir()} >= {"model.onnx", "model.pt2", "program.txt"}
     assert run(["eval", "out", "--against", "mine:small", "--json", "--repeats", "2"]) == 0
     rows = json.loads(capfd.readouterr().out)["rows"]
-    assert all(row["max-abs"] == 0.0 and row["latency ms"] > 0 for row in rows)
+    assert all(row["max-abs"] == 0.0 and row["memory MB"] > 0 for row in rows)
+    assert all(
+        row[f"{name} low"] <= row[name] <= row[f"{name} high"] for row in rows for name in ("latency ms", "ratio")
+    )
 
 
 def test_an_axis_that_the_model_fixes_is_no_failure(capfd: pytest.CaptureFixture[str], user_folder: Path) -> None:

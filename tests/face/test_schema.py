@@ -25,6 +25,7 @@ COMMANDS = {
     "eval": ["eval", "DIR", "--against", "DIR", "--repeats", "2"],
     "export": ["export", "DIR", "-o", "F.onnx"],
     "audit": ["audit", MODEL],
+    "bisect": ["bisect", MODEL, "--check", "grep -q '\"passes\": \\[\\]' {}/ledger.json"],
     "bench": ["bench", MODEL, "--repeats", "6", "--against", "eager"],
     "diff": ["diff", MODEL, "DIR"],
     "explain": ["explain", "DIR"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from architectures import llama
+from laconic.data.named import ListedData
 from laconic.ir.capture import capture_module
 from laconic.ir.data import Batch, refuse_overlap
 from laconic.ir.errors import UsageError
 from laconic.ir.metrics.base import Metric, Parts, Results
+from laconic.ir.metrics.costs import Latency, Memory
 from laconic.ir.metrics.quality import Accuracy, Cosine, Divergence, Nats, Perplexity
 from laconic.ir.metrics.registry import METRICS, load
 from laconic.ir.program import Program
@@ -32,7 +35,7 @@ def subject() -> tuple[Any, Program]:
 def test_nats_and_top1_are_those_of_each_sequence_alone(subject: tuple[Any, Program]) -> None:
     model, program = subject
     data = Ragged(lengths=(5, 9, 2, 7), rows=3)
-    found = measure(program, data, [Nats(), Perplexity(), Accuracy()])
+    (found,) = measure([program], data, [Nats(), Perplexity(), Accuracy()])
     nats, right = [], []
     for ids in data.sequences:
         with torch.no_grad():
@@ -49,11 +52,66 @@ def test_nats_and_top1_are_those_of_each_sequence_alone(subject: tuple[Any, Prog
 
 def test_comparing_a_model_with_itself(subject: tuple[Any, Program]) -> None:
     _, program = subject
-    found = measure(program, Ragged(), [Divergence(), Cosine()], against=program)
+    (found,) = measure([program], Ragged(), [Divergence(), Cosine()], reference=program)
     assert figure(Divergence(), found["kl"]).value == 0.0
     assert figure(Cosine(), found["cosine"]).value == pytest.approx(1.0)
     with pytest.raises(UsageError, match="kl compares two models"):
-        measure(program, Ragged(), [Divergence()])
+        measure([program], Ragged(), [Divergence()])
+
+
+def test_two_programs_are_measured_in_one_run(subject: tuple[Any, Program]) -> None:
+    _, program = subject
+    other = capture_module(*_shallow())
+    ours, theirs = measure([program, other], Ragged(), [Nats(), Divergence()], reference=other)
+    assert set(theirs) == {"nats"}
+    assert figure(Divergence(), ours["kl"]).value > 0
+    for found, each in ((ours, program), (theirs, other)):
+        (alone,) = measure([each], Ragged(), [Nats()])
+        assert found["nats"].sums.tolist() == alone["nats"].sums.tolist()
+
+
+def _shallow() -> Any:
+    torch.manual_seed(1)
+    model, inputs, axes = llama(1)
+    return model.eval(), (), inputs, axes
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        held = [x + k for k in range(3)]  # three at once
+        return (held[0] + held[1]).add_(held[2]).view(-1)[:1]  # and their sum
+
+
+def test_memory_is_what_is_alive_at_once() -> None:
+    x = torch.zeros(4, 1000)
+    program = capture_module(Doubled(), (x,), {}, None)
+    (found,) = measure([program], ListedData("x", [Batch({"x": x})]), [Memory()])
+    assert figure(Memory(), found["memory"]).value == pytest.approx(4 * x.nbytes / 1e6)
+
+
+class Slept(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return slept(x)
+
+
+@torch.library.custom_op("laconic_tests::slept", mutates_args=())
+def slept(x: torch.Tensor) -> torch.Tensor:
+    time.sleep(0.02)
+    return x.clone()
+
+
+@slept.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def test_latency_is_per_sample_and_paired() -> None:
+    x = torch.zeros(4, 10)
+    slow, fast = (capture_module(module, (x,), {}, None) for module in (Slept(), Doubled()))
+    ours, theirs = measure([slow, fast], ListedData("x", [Batch({"x": x})] * 3), [Latency()])
+    assert 5.0 <= figure(Latency(), ours["latency"]).value < 50.0
+    gap = difference(Latency(), ours["latency"], theirs["latency"])
+    assert 3.0 < gap.low <= gap.value <= gap.high
 
 
 def test_divergence_is_that_of_the_definition() -> None:
@@ -120,7 +178,7 @@ def test_metrics_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METRICS.table, "positive", "laconic.ir.metrics.quality:Positive")
     torch.manual_seed(0)
     model, inputs, axes = llama(2)
-    found = measure(capture_module(model.eval(), (), inputs, axes), Ragged(), [load("positive")])
+    (found,) = measure([capture_module(model.eval(), (), inputs, axes)], Ragged(), [load("positive")])
     assert 0.2 < figure(load("positive"), found["positive"]).value < 0.8
 
 

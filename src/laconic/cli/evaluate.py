@@ -9,6 +9,7 @@ import typer
 
 from laconic.cli.options import (
     Batch,
+    Calibration,
     Json,
     Model,
     NoProgress,
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from laconic.cli.progress import Display
     from laconic.ir.program import Program
 
-DRAWN = ("max-abs", "cosine", "latency")
+COMPARED = ("max-abs", "cosine")
+DRAWN = (*COMPARED, "latency", "memory")
 
 
 def evaluate(
@@ -35,17 +37,15 @@ def evaluate(
         list[str] | None,
         typer.Option(
             "--metric",
-            help="With data nats, ppl, top1, kl, cosine, or an installed one; without max-abs, cosine, latency "
-            "(repeatable; default: what the data has labels for, or all).",
+            help="With data nats, ppl, top1, recall@1, kl, cosine, generation, latency, memory, or an installed one; "
+            "without max-abs, cosine, latency, memory (repeatable; default: what the data is for, or all).",
         ),
     ] = None,
     data: Annotated[
         str | None, typer.Option("--data", metavar="D", help="zoo:NAME[:SPLIT], a file, a folder, module:callable.")
     ] = None,
     against: Annotated[str | None, typer.Option("--against", help="The model to compare with.")] = None,
-    calibration: Annotated[
-        str | None, typer.Option("--calibration", metavar="D", help="What decisions were made on: may not overlap.")
-    ] = None,
+    calibration: Calibration = None,
     tokenizer: Tokenizer = None,
     batch: Batch = 8,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Timed calls per model and input.")] = 20,
@@ -79,12 +79,12 @@ def evaluate(
 
 
 def _own_data(model: str, metric: list[str] | None) -> str | None:
-    """The test split of a reference model that has labels, unless only what needs no data is asked for."""
+    """The test split of a reference model, unless only what needs no data is asked for."""
     from laconic.models import zoo
 
     name = model.removeprefix("zoo:")
     drawn = bool(metric) and all(each in DRAWN for each in metric or ())
-    return f"{model}:test" if name != model and name in zoo.LABELLED and not drawn else None
+    return f"{model}:test" if name != model and name in zoo.names() and not drawn else None
 
 
 def _refuse_slips(metric: list[str] | None, against: str | None) -> None:
@@ -95,7 +95,7 @@ def _refuse_slips(metric: list[str] | None, against: str | None) -> None:
             if name in METRICS.names():
                 raise UsageError(f"{name} is measured on data", hint="add --data D")
             raise UsageError(f"there is no metric {name!r}", hint=did_you_mean(name, [*METRICS.names(), *DRAWN]))
-        if name != "latency" and against is None:
+        if name in COMPARED and against is None:
             raise UsageError(f"{name} compares two models", hint="add --against MODEL2")
 
 
@@ -104,7 +104,7 @@ def _drawn(
 ) -> dict[str, Any]:
     from laconic.evaluate import evaluate_programs
 
-    metrics = metric or (list(DRAWN) if second is not None else ["latency"])
+    metrics = metric or [name for name in DRAWN if second is not None or name not in COMPARED]
     return evaluate_programs(first, second, metrics, seed=seed, repeats=repeats, progress=shown.stage)
 
 
@@ -124,8 +124,8 @@ def _figures(
     from laconic.ir.data import refuse_overlap
     from laconic.ir.metrics.registry import load
 
-    metrics = [load(name) for name in dict.fromkeys(metric or ["nats", "top1"])]
     data = load_data(said, first, folder=folder, split="test", batch=batch)
+    metrics = [load(name) for name in dict.fromkeys(metric or data.metrics)]
     if calibration is not None:
         refuse_overlap(data, load_data(calibration, first, folder=folder, split="calibration", batch=batch))
     advance = shown.counted(f"measuring on {data.name}")

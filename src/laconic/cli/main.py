@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from laconic.cli import audit, bench, diff, doctor, evaluate, explain, export, optimize, passes
+from laconic.cli import audit, bench, bisect, diff, doctor, evaluate, explain, export, optimize, passes
 from laconic.ir.errors import LaconicError
 from laconic.version import __version__
 
@@ -31,6 +31,7 @@ app.command("optimize")(optimize.optimize)
 app.command("eval")(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("audit")(audit.audit)
+app.command("bisect")(bisect.bisect)
 app.command("bench")(bench.bench)
 app.command("diff")(diff.diff)
 app.command("explain")(explain.explain)

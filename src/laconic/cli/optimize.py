@@ -10,16 +10,19 @@ import typer
 from laconic.cli import debug
 from laconic.cli.options import (
     Batch,
+    Calibration,
     Force,
     Json,
     Model,
     NoProgress,
+    Pipeline,
     Quiet,
     Seed,
     Threads,
     Tokenizer,
     Verbose,
     display,
+    judge_of,
     print_json,
     refuse_early,
 )
@@ -27,16 +30,14 @@ from laconic.formats import FORMATS
 from laconic.ir.errors import UsageError, VerificationError, did_you_mean
 
 if TYPE_CHECKING:
-    from laconic.cli.progress import Display
     from laconic.figures import Judge
-    from laconic.ir.program import Program
     from laconic.passes.ledger import Ledger
 
 
 def optimize(
     model: Model,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The DIR to write.")] = None,
-    pipeline: Annotated[str, typer.Option("--passes", "-p", help="Pipeline, e.g. 'dedup{slices=no},cse'.")] = "exact",
+    pipeline: Pipeline = "exact",
     formats: Annotated[
         list[str] | None,
         typer.Option("--format", metavar="F", help="Also write this export into DIR: onnx, pt2 (repeatable)."),
@@ -51,9 +52,7 @@ def optimize(
         float | None,
         typer.Option("--max-drop", metavar="X", help="Write nothing if the first metric gets worse by more than this."),
     ] = None,
-    calibration: Annotated[
-        str | None, typer.Option("--calibration", metavar="D", help="What decisions are made on: may not overlap.")
-    ] = None,
+    calibration: Calibration = None,
     tokenizer: Tokenizer = None,
     batch: Batch = 8,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Run and check everything, write no DIR.")] = False,
@@ -109,7 +108,7 @@ def optimize(
         inputs = cases(program, program.forward, seed=seed)
         judge = None
         if data is not None:
-            judge = _judge(program, data, metric or ["kl"], calibration, tokenizer or folder, batch, shown)
+            judge = judge_of(program, data, metric or ["kl"], calibration, tokenizer or folder, batch, shown)
         manager = PassManager(passes, verify_each, check, (*instruments, shown.instrument()), judge=judge or no_metrics)
         run = manager.run(program, inputs)
         run.ledger.model = model
@@ -121,25 +120,6 @@ def optimize(
             options: dict[str, Any] = {"formats": formats or (), "force": force, "progress": shown.stage}
             save(run.program, run.ledger, run.plans, target, seed=seed, **options)
     return print_json(run.ledger.to_json()) if json else _report(run.ledger, target)
-
-
-def _judge(
-    program: Program,
-    data: str,
-    metric: list[str],
-    calibration: str | None,
-    folder: Path | None,
-    batch: int,
-    shown: Display,
-) -> Judge:
-    from laconic.data.load import load_data
-    from laconic.figures import Judge
-    from laconic.ir.metrics.registry import load
-
-    metrics = [load(name) for name in dict.fromkeys(metric)]
-    judged = load_data(data, program, folder=folder, split="selection", batch=batch)
-    decided = load_data(calibration, program, folder=folder, split="calibration", batch=batch) if calibration else None
-    return Judge(program, judged, metrics, calibration=decided, progress=shown.counted(f"measuring on {judged.name}"))
 
 
 def _refuse_drop(judge: Judge, ledger: Ledger, most: float) -> None:

@@ -14,6 +14,8 @@ from laconic.schema import finite
 
 if TYPE_CHECKING:
     from laconic.cli.progress import Display
+    from laconic.figures import Judge
+    from laconic.ir.program import Program
 
 MODEL_HELP = "zoo:NAME, a Hugging Face folder, a .pt2, an .onnx, a saved DIR, a dump, or package.module:callable."
 
@@ -29,6 +31,10 @@ Tokenizer = Annotated[
     typer.Option("--tokenizer", metavar="FOLDER", help="Where tokenizer.json stands, if not beside the model."),
 ]
 Batch = Annotated[int, typer.Option("--batch", min=1, help="Samples per run over data.")]
+Calibration = Annotated[
+    str | None, typer.Option("--calibration", metavar="D", help="What decisions are made on: may not overlap.")
+]
+Pipeline = Annotated[str, typer.Option("--passes", "-p", help="Pipeline, e.g. 'dedup{slices=no},cse'.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
 
 
@@ -50,6 +56,27 @@ def refuse_early(output: Path, force: bool) -> None:
     from laconic.ir.files import refuse_existing
 
     refuse_existing(output, force)
+
+
+def judge_of(
+    program: Program,
+    data: str,
+    metric: list[str],
+    calibration: str | None,
+    folder: Path | None,
+    batch: int,
+    shown: Display,
+) -> Judge:
+    """Metrics on data, by the names of both; `folder` holds the model's tokenizer. Raises UsageError for unknown names
+    and for data that overlaps the calibration set."""
+    from laconic.data.load import load_data
+    from laconic.figures import Judge
+    from laconic.ir.metrics.registry import load
+
+    metrics = [load(name) for name in dict.fromkeys(metric)]
+    judged = load_data(data, program, folder=folder, split="selection", batch=batch)
+    decided = load_data(calibration, program, folder=folder, split="calibration", batch=batch) if calibration else None
+    return Judge(program, judged, metrics, calibration=decided, progress=shown.counted(f"measuring on {judged.name}"))
 
 
 def print_json(data: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -103,8 +103,15 @@ def evaluation_report(data: dict[str, Any]) -> None:
     columns = ["input", *data["columns"]]
     table = _table(title, columns, columns[1:])
     for row in data["rows"]:
-        table.add_row(row["input"], *("" if row[c] is None else f"{row[c]:.4g}" for c in data["columns"]))
+        table.add_row(row["input"], *(_cell(row, column) for column in data["columns"]))
     print_table(table)
+
+
+def _cell(row: dict[str, Any], column: str) -> str:
+    if row[column] is None:
+        return ""
+    edges = [row[f"{column} {edge}"] for edge in ("low", "high") if f"{column} {edge}" in row]
+    return f"{row[column]:.4g}" + (f" [{', '.join(f'{edge:.4g}' for edge in edges)}]" if edges else "")
 
 
 def figures_report(data: dict[str, Any]) -> None:
@@ -122,6 +129,30 @@ def figures_report(data: dict[str, Any]) -> None:
 
 def _figure(row: dict[str, Any]) -> str:
     return f"{row['value']:.4f} [{row['low']:.4f}, {row['high']:.4f}]"
+
+
+def bisect_report(data: dict[str, Any]) -> None:
+    """What was tried, and what was found."""
+    table = _table(f"{data['model']}, {data['pipeline']}", ["candidate", "verdict", "measured"], ["measured"])
+    for trial in data["trials"]:
+        measured = trial["measured"]
+        table.add_row(trial["candidate"], trial["verdict"], "" if measured is None else f"{measured:.6g}")
+    print_table(table)
+    for line in _finding(data):
+        console().print(line, soft_wrap=True, markup=False)
+
+
+def _finding(data: dict[str, Any]) -> Iterator[str]:
+    if data["culprit"] is None:
+        yield "nothing found: the model is good with all passes"
+        return
+    yield f"the first bad pass is number {data['position']}, {data['culprit']}"
+    said = ", ".join(f"{key} {value}" for key, value in data["action"].items())
+    yield f"its first bad action is number {data['actions']}: {said}"
+    if data["partner"] is not None:
+        yield f"alone it is good; with {data['partner']} it is bad"
+    elif not data["alone"]:
+        yield "alone it is good; it takes several of the passes before it"
 
 
 def export_report(data: dict[str, Any]) -> None:

@@ -1,0 +1,79 @@
+"""`laconic bisect`: which pass of a pipeline makes a model bad, by a metric or by a command's word."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from laconic.cli.options import (
+    Batch,
+    Calibration,
+    Json,
+    Model,
+    NoProgress,
+    Pipeline,
+    Quiet,
+    Seed,
+    Threads,
+    Tokenizer,
+    Verbose,
+    display,
+    judge_of,
+    print_json,
+)
+from laconic.ir.errors import UsageError
+
+
+def bisect(
+    model: Model,
+    pipeline: Pipeline = "exact",
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="D", help="Data to judge by: zoo:NAME[:SPLIT], a file.")
+    ] = None,
+    metric: Annotated[str | None, typer.Option("--metric", metavar="M", help="What to judge by (default: kl).")] = None,
+    max_drop: Annotated[
+        float, typer.Option("--max-drop", metavar="X", help="A model whose metric is worse by more than this is bad.")
+    ] = 0.0,
+    check: Annotated[
+        str | None,
+        typer.Option("--check", metavar="CMD", help="Given a DIR: exits with 0 if it is good, 125 to skip, else bad."),
+    ] = None,
+    calibration: Calibration = None,
+    tokenizer: Tokenizer = None,
+    batch: Batch = 8,
+    json: Json = False,
+    seed: Seed = 0,
+    threads: Threads = 0,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+    no_progress: NoProgress = False,
+) -> None:
+    """Find the pass that makes a model bad, which of its actions, and which other pass it takes."""
+    from laconic.passes.pipeline import parse_pipeline
+
+    passes = parse_pipeline(pipeline)
+    if (data is None) == (check is None):
+        raise UsageError("what is bad is told by --data, or by --check CMD", hint="give one of the two")
+    if check is not None and metric is not None:
+        raise UsageError("--metric is measured on data", hint="add --data D, without --check")
+    with display(quiet, verbose, no_progress, threads) as shown:
+        from laconic.bisect import Bisection, by_command, by_metric
+        from laconic.ir.inputs import cases
+        from laconic.sources import opened
+
+        program, folder = opened(model, shown.stage)
+        inputs = cases(program, program.forward, seed=seed)
+        if check is not None:
+            test = by_command(check, seed)
+        else:
+            assert data is not None
+            judge = judge_of(program, data, [metric or "kl"], calibration, tokenizer or folder, batch, shown)
+            test = by_metric(judge, program, max_drop)
+        found = Bisection(program, passes, test, inputs=inputs, progress=shown.stage).search()
+    document = {"schema": 1, "model": model, "pipeline": pipeline, **found.to_json()}
+    if json:
+        return print_json(document)
+    from laconic.cli.report import bisect_report
+
+    return bisect_report(document)
