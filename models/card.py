@@ -19,12 +19,15 @@ from numpy.typing import NDArray
 
 from laconic.data.text import Window, windows
 from laconic.figures import figures
-from laconic.ir.errors import LaconicError, UsageError, did_you_mean
+from laconic.ir.errors import LaconicError
 from laconic.ir.metrics.quality import IGNORED, Accuracy, Nats
+from laconic.ir.metrics.registry import load as load_metric
 from laconic.ir.quality import Figure, Units, difference, figure
+from laconic.ir.source_model import Source
 from laconic.machine import machine
-from laconic.models import corpus, datasets, text_figures, tokenizer, trained
+from laconic.models import corpus, datasets, text_figures, tokenizer, trained, zoo
 from laconic.models.canvas import EMPTY, GRID, QUADRANTS
+from laconic.models.card_page import page
 from laconic.models.corpus import Split
 from laconic.models.decoders import WINDOW
 from laconic.models.kneser_ney import KneserNey
@@ -32,16 +35,6 @@ from laconic.models.vit import SIDE, right_digits
 from laconic.sources import capture_source
 
 _BATCH = 8
-
-
-def measured(name: str, work: Path) -> dict[str, Any]:
-    """The figures of a trained model; `work` is where the training tokens are kept. Raises ModelError if it is not
-    here, UsageError if there is no such model."""
-    if name in datasets.TEXT:
-        return _text(name, work)
-    if name in ("vit", "vlm"):
-        return _vision(name)
-    raise UsageError(f"there is no card for {name!r}", hint=did_you_mean(name, [*datasets.TEXT, "vit", "vlm"]))
 
 
 # Text
@@ -62,7 +55,7 @@ class _Predicted:
         return {
             "tokens": int(chosen.sum()),
             "model": asdict(figure(Nats(), ours)),
-            "kneser_ney": asdict(figure(Nats(), theirs)),
+            "baseline": asdict(figure(Nats(), theirs)),
             "better_by": asdict(difference(Nats(), theirs, ours)),
         }
 
@@ -75,11 +68,11 @@ class _Predicted:
 
 def _text(name: str, work: Path) -> dict[str, Any]:
     model = trained.load(name)
-    found: dict[str, Any] = {"splits": {}}
+    found: dict[str, Any] = {"kneser_ney": {}}
     for kind in (Split.SELECTION, Split.TEST):
         predicted = _predicted(model, kind, work)
         every = np.ones(len(predicted.nats), dtype=np.bool_)
-        found["splits"][str(kind)] = {"all": predicted.against(every), "novel": predicted.against(predicted.novel)}
+        found["kneser_ney"][str(kind)] = {"all": predicted.against(every), "novel": predicted.against(predicted.novel)}
     if hasattr(model.model.layers[0].mlp, "gate"):
         found["router"] = _router(model)
     found["training_tokens"] = tokenizer.training_stream(work)[1]
@@ -146,19 +139,6 @@ def _router(model: Any) -> dict[str, Any]:
 # Vision
 
 
-def _vision(name: str) -> dict[str, Any]:
-    model = trained.load(name)
-    program = capture_source(trained.source(name))
-    found: dict[str, Any] = {"splits": {}}
-    for kind in (Split.SELECTION, Split.TEST):
-        data = datasets.zoo_data(name, str(kind), program)
-        (row,) = figures(program, None, data, [Accuracy()])
-        found["splits"][str(kind)] = {"per_digit": {part: row[part] for part in ("value", "low", "high")}} | _half(
-            name, model, kind
-        )
-    return found
-
-
 def _half(name: str, model: Any, kind: Split) -> dict[str, Any]:
     """With all image tokens and with a random half of them: digits read right, and all of an image."""
     if name == "vit":
@@ -192,92 +172,45 @@ def _by_digit(right: torch.Tensor, present: torch.Tensor, digits: torch.Tensor) 
 
 
 def write_card(name: str, work: Path) -> dict[str, Any]:
-    """Measure a model and write card.json and README.md into its folder."""
-    folder = trained.folder(name)
-    training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    weights = (folder / "model.safetensors").read_bytes()
-    card = {
+    """Measure a model and write card.json and README.md into its folder; that of minilm holds nothing else.
+
+    `work` is where the training tokens are kept. Raises ModelError if the model is not here, UsageError if there is no
+    such model.
+    """
+    source = zoo.load(name)
+    folder = trained.FOLDER / name
+    weights = (zoo.folder(name) / "model.safetensors").read_bytes()
+    card: dict[str, Any] = {
         "schema": 1,
         "name": name,
-        "class": config["architectures"][0],
-        "weights": {"bytes": len(weights), "sha256": hashlib.sha256(weights).hexdigest(), "dtype": "bfloat16"},
-        "training": {key: training[key] for key in ("seed", "steps", "seconds")},
+        "class": type(next(part for part in source.module.modules() if hasattr(part, "config"))).__name__,
+        "weights": {"bytes": len(weights), "sha256": hashlib.sha256(weights).hexdigest()},
         "machine": machine(),
-        "python": sys.version.split()[0],
-        **measured(name, work),
+        "eval": {str(split): _evaluated(name, source, split) for split in (Split.SELECTION, Split.TEST)},
     }
+    if name in datasets.TEXT:
+        card |= _text(name, work)
+    elif name in ("vit", "vlm"):
+        card["reading"] = {str(kind): _half(name, trained.load(name), kind) for kind in (Split.SELECTION, Split.TEST)}
+    training = json.loads((folder / "training.json").read_text(encoding="utf-8")) if name in zoo.TRAINED else None
+    if training:
+        card["training"] = {key: training[key] for key in ("seed", "steps", "seconds")}
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(_page(card, training["curve"]), encoding="utf-8")
+    (folder / "README.md").write_text(page(card, training["curve"] if training else []), encoding="utf-8")
     return card
 
 
-def _page(card: dict[str, Any], curve: Sequence[dict[str, float]]) -> str:
-    from laconic.models.train import recipe
-
-    said = (type(recipe(card["name"], Path("build"))).__doc__ or "").strip()
-    lines = [f"# zoo:{card['name']}", "", " ".join(said.split()), ""]
-    about = "the standard library's text" if card["name"] in datasets.TEXT else "handwritten digits on canvases"
-    lines += [
-        f"`{card['class']}`, {card['weights']['bytes'] / 1e6:.1f} MB in bfloat16, trained on {about} with seed "
-        f"{card['training']['seed']} in {card['training']['steps']:,} steps "
-        f"({card['training']['seconds'] / 60:.0f} minutes on {card['machine']['cpu']}, {card['machine']['threads']} "
-        f"threads, torch {card['machine']['torch']}). Figures are of the stored weights in float32, 95 % intervals by "
-        f"{'package' if card['name'] in datasets.TEXT else 'digit'}; `laconic eval zoo:{card['name']}` measures them "
-        "again. All of them, the curve and the hashes: `card.json`, `training.json`.",
-        "",
-    ]
-    rows = _text_rows(card) if card["name"] in datasets.TEXT else _vision_rows(card)
-    lines += [*rows, "", *_router_lines(card), "| step | minutes | " + " | ".join(_columns(curve)) + " |"]
-    lines.append("|---" * (2 + len(_columns(curve))) + "|")
-    for row in curve[:: max(1, len(curve) // 8)]:
-        values = " | ".join(f"{row[name]:.3f}" for name in _columns(curve))
-        lines.append(f"| {row['step']:,} | {row['seconds'] / 60:.1f} | {values} |")
-    return "\n".join(lines) + "\n"
-
-
-def _columns(curve: Sequence[dict[str, float]]) -> list[str]:
-    return [name for name in curve[-1] if name not in ("step", "seconds")]
-
-
-def _text_rows(card: dict[str, Any]) -> list[str]:
-    lines = ["| nats per token | model | 5-gram Kneser-Ney | better by |", "|---|---|---|---|"]
-    for split, parts in card["splits"].items():
-        for part, row in parts.items():
-            cells = " | ".join(_interval(row[key]) for key in ("model", "kneser_ney", "better_by"))
-            lines.append(f"| {split}, {part} ({row['tokens']:,} tokens) | {cells} |")
-    return lines
-
-
-def _vision_rows(card: dict[str, Any]) -> list[str]:
-    lines = ["| digits read right | all tokens | a random half | loses | whole images |", "|---|---|---|---|---|"]
-    for split, row in card["splits"].items():
-        cells = " | ".join(_interval(row[key]) for key in ("greedy", "random_half", "half_loses"))
-        lines.append(f"| {split} | {cells} | {row['whole_images']:.3f} |")
-    return lines
-
-
-def _router_lines(card: dict[str, Any]) -> list[str]:
-    if "router" not in card:
-        return []
-    router = card["router"]
-    said = (
-        f"Load of an expert over the mean of its layer, on the selection split: {router['min_over_mean']:.2f} to "
-        f"{router['max_over_mean']:.2f}."
-    )
-    if "selection_bias" in router:
-        greatest = max(abs(x) for row in router["selection_bias"] for x in row)
-        said += f" Selection biases reach {greatest:.3f}."
-    return [said, ""]
-
-
-def _interval(found: dict[str, float]) -> str:
-    return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+def _evaluated(name: str, source: Source, split: Split) -> list[dict[str, Any]]:
+    """What `laconic eval zoo:NAME --data zoo:NAME:SPLIT` says."""
+    program = capture_source(source)
+    data = datasets.zoo_data(name, str(split), program)
+    return figures(program, None, data, [load_metric(metric) for metric in data.metrics])
 
 
 def main(name: str, work: Path = Path("build/models")) -> None:
     """Measure a trained model and write its card."""
-    typer.echo(json.dumps(write_card(name, work)["splits"], indent=1))
+    typer.echo(json.dumps(write_card(name, work)["eval"], indent=1))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def zoo_data(name: str, split: str, program: Program, *, batch: int = 8) -> Data
     if name == "vlm":
         return _Drawn(said, _vlm_batches(kind, batch, program), kind)
     if name == "minilm":
-        return _sentences(said, kind, program, batch)
+        return _Sentences(said, kind)
     raise UsageError(f"there is no data zoo:{name}", hint=did_you_mean(name, [*TEXT, "vit", "vlm", "minilm"]))
 
 
@@ -83,13 +83,14 @@ def _vlm_batches(kind: Split, batch: int, program: Program) -> list[Batch]:
     return found
 
 
-def _sentences(said: str, kind: Split, program: Program, batch: int) -> Data:
-    """The sentences in three parts, by group."""
-    position = _SPLITS.index(kind)
-    chosen = [sentence for k, group in enumerate(minilm.groups()) if k % 3 == position for sentence in group]
-    inputs = minilm.tokenize(chosen)
-    batches = []
-    for start in range(0, len(chosen), batch):
-        part = {name: value[start : start + batch] for name, value in inputs.items()}
-        batches.append(Batch(part, part["attention_mask"].bool()))
-    return ListedData(said, batches)
+class _Sentences(ListedData):
+    """The groups of sentences in three parts, each one batch: a sentence's like is looked for among all of its part."""
+
+    metrics = ("recall@1",)
+
+    def __init__(self, name: str, kind: Split) -> None:
+        groups = {k: group for k, group in enumerate(minilm.groups()) if k % len(_SPLITS) == _SPLITS.index(kind)}
+        inputs = minilm.tokenize([sentence for group in groups.values() for sentence in group])
+        labels = torch.tensor([k for k, group in groups.items() for _ in group])
+        units = tuple(map(str, labels.tolist()))
+        super().__init__(name, [Batch(inputs, inputs["attention_mask"].bool(), labels, units)])

@@ -119,7 +119,7 @@ class LlamaGqa(Decoder):
     """Eight blocks of 192, three query heads over one key-value head: the stream is wider than keys and values."""
 
     name = "llama-gqa"
-    steps = 4000
+    steps = 3000
 
     def config(self) -> Any:
         return llama_config(192, 8, heads=3, kv_heads=1, hidden=256)
@@ -178,8 +178,8 @@ class Moe(Mixture):
     """Six blocks of 128, sixteen experts of 64, the best two by a softmax that is made to sum to one again."""
 
     name = "moe"
-    steps = 4500
-    balance = 0.02
+    steps = 3000
+    balance = 0.1
 
     def config(self) -> Any:
         from transformers import Qwen3MoeConfig
@@ -214,7 +214,7 @@ class MoeSigmoid(Mixture):
     """
 
     name = "moe-sigmoid"
-    steps = 4500
+    steps = 3000
     balance = 0.002
     speed = 0.003
 

@@ -10,13 +10,13 @@ from laconic.ir.errors import UsageError, did_you_mean
 if TYPE_CHECKING:
     from laconic.ir.source_model import Source
 
-#: Those that are trained here. Their data has labels.
-LABELLED = ("llama-gqa", "llama-mha", "moe", "moe-sigmoid", "vit", "vlm")
+#: Those that are trained here.
+TRAINED = ("llama-gqa", "llama-mha", "moe", "moe-sigmoid", "vit", "vlm")
 
 
 def names() -> list[str]:
     """What `load` takes, sorted."""
-    return sorted(["minilm", *LABELLED])
+    return sorted(["minilm", *TRAINED])
 
 
 def load(name: str) -> Source:
@@ -25,7 +25,7 @@ def load(name: str) -> Source:
         from laconic.models import minilm
 
         return minilm.source()
-    if name in LABELLED:
+    if name in TRAINED:
         from laconic.models import trained
 
         return trained.source(name)

@@ -1,0 +1,105 @@
+"""A model card as a page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from laconic.models.train import recipe
+
+#: What intervals are drawn over, by what a model reads.
+_UNITS = {"kneser_ney": "package", "reading": "digit"}
+_LOOKS = 8
+
+
+def page(card: dict[str, Any], curve: Sequence[dict[str, float]]) -> str:
+    """A card in words; `curve` has a row per look at the selection split."""
+    blocks = [
+        [f"# zoo:{card['name']}"],
+        [_about(card)],
+        _table(["split", *(row["metric"] for row in card["eval"]["test"])], _evaluated(card)),
+        _table(["nats per token", "model", "5-gram Kneser-Ney", "better by"], _against_baseline(card)),
+        _table(["digits read one by one", "all tokens", "a random half", "loses", "whole images"], _halves(card)),
+        [_router(card)],
+        _table(["step", "processor minutes", *_columns(curve)], _looks(curve)),
+    ]
+    return "\n\n".join("\n".join(block) for block in blocks if block and block[0]) + "\n"
+
+
+def _about(card: dict[str, Any]) -> str:
+    machine = card["machine"]
+    measured = f"Measured with torch {machine['torch']} on {machine['cpu']}, in float32"
+    units = next((unit for key, unit in _UNITS.items() if key in card), "group")
+    again = f"`laconic eval zoo:{card['name']}` measures the first table again (test split)"
+    figures = f"{measured}; 95 % intervals by {units}. {again}. All figures and hashes: `card.json`."
+    if "training" not in card:
+        size = f"`{card['class']}` as its package brings it, {card['weights']['bytes'] / 1e6:.1f} MB."
+        return f"{size} {figures}"
+    said = " ".join((type(recipe(card["name"], Path("build"))).__doc__ or "").split())
+    text = "Python's standard library" if "kneser_ney" in card else "handwritten digits on canvases"
+    training = card["training"]
+    made = (
+        f"`{card['class']}`, {card['weights']['bytes'] / 1e6:.1f} MB in bfloat16, trained on {text} with seed "
+        f"{training['seed']} in {training['steps']:,} steps, {training['seconds'] / 60:.0f} processor minutes."
+    )
+    return f"{said}\n\n{made} {figures}"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A table, or nothing where there are no rows."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return [f"| {' | '.join(header)} |", "|" + "---|" * len(header), *lines] if lines else []
+
+
+def _evaluated(card: dict[str, Any]) -> list[list[str]]:
+    return [[split, *map(_interval, rows)] for split, rows in card["eval"].items()]
+
+
+def _against_baseline(card: dict[str, Any]) -> list[list[str]]:
+    return [
+        [
+            f"{split}, {part} ({row['tokens']:,} tokens)",
+            *(_interval(row[k]) for k in ("model", "baseline", "better_by")),
+        ]
+        for split, parts in card.get("kneser_ney", {}).items()
+        for part, row in parts.items()
+    ]
+
+
+def _halves(card: dict[str, Any]) -> list[list[str]]:
+    return [
+        [split, *(_interval(row[k]) for k in ("greedy", "random_half", "half_loses")), f"{row['whole_images']:.3f}"]
+        for split, row in card.get("reading", {}).items()
+    ]
+
+
+def _router(card: dict[str, Any]) -> str:
+    if "router" not in card:
+        return ""
+    router = card["router"]
+    said = (
+        f"Load of an expert over the mean of its layer, on the selection split: {router['min_over_mean']:.2f} to "
+        f"{router['max_over_mean']:.2f}."
+    )
+    if "selection_bias" in router:
+        greatest = max(abs(x) for row in router["selection_bias"] for x in row)
+        said += f" Selection biases reach {greatest:.3f}."
+    return said
+
+
+def _columns(curve: Sequence[dict[str, float]]) -> list[str]:
+    return [name for name in curve[-1] if name not in ("step", "seconds")] if curve else []
+
+
+def _looks(curve: Sequence[dict[str, float]]) -> list[list[str]]:
+    """Some of the looks, the last among them."""
+    chosen = curve[::-1][:: -(-len(curve) // _LOOKS)][::-1] if curve else []
+    return [
+        [f"{row['step']:,}", f"{row['seconds'] / 60:.1f}", *(f"{row[name]:.3f}" for name in _columns(curve))]
+        for row in chosen
+    ]
+
+
+def _interval(found: dict[str, float]) -> str:
+    return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
