@@ -15,8 +15,11 @@ from typing import Any
 import sympy
 from torch import fx, nn
 
+from laconic.cache import cache_folder
+from laconic.data.load import load_data
 from laconic.ir.capture import capture_module
 from laconic.ir.cost import cost_at, measure_at, symbolic_cost
+from laconic.ir.data import Data
 from laconic.ir.errors import UsageError
 from laconic.ir.listing import SlotKind
 from laconic.ir.liveness import Peak, peak_activation
@@ -35,7 +38,8 @@ from laconic.passes.dedup import Dedup
 from laconic.passes.manager import PassManager
 from laconic.passes.pipeline import parse_pipeline
 from laconic.passes.simplify import Simplify
-from laconic.sources import program_of
+from laconic.redundancy import Table, find_redundancy
+from laconic.sources import opened
 
 _TOP = 10
 
@@ -79,7 +83,8 @@ class Audit:
     """What `audit` returns. Nodes in it are those of `program`, which is the audited model.
 
     `outlined` are the nodes left to say if repeated blocks were said once; `exact` are the sizes that the exact preset
-    leaves, `exact_outlined` both together. `top_weights` are names and bytes.
+    leaves, `exact_outlined` both together. `top_weights` are names and bytes. `redundancy`, None without calibration,
+    are the tables of what a run on data found, the most redundant first.
     """
 
     program: Program
@@ -93,10 +98,12 @@ class Audit:
     savings: tuple[Saving, ...]
     entries: tuple[EntryAudit, ...]
     top_weights: tuple[tuple[str, int], ...]
+    redundancy: tuple[Table, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As plain data: the document of `laconic audit --json`, but for the model's name."""
-        return {
+        found = {} if self.redundancy is None else {"redundancy": [table.to_json() for table in self.redundancy]}
+        return found | {
             "sizes": dict(self.sizes),
             "nodes": self.nodes,
             "weight_bytes": self.weight_bytes,
@@ -115,28 +122,42 @@ def audit(
     inputs: tuple[Any, ...] | dict[str, Any] | None = None,
     dynamic_shapes: Any = None,
     sizes: Mapping[str, int] | None = None,
+    calibration: Data | str | None = None,
 ) -> Audit:
     """What a model is made of and what it says twice. Never changes `model`.
 
     `inputs` (a tuple of positional or a dict of keyword arguments) and `dynamic_shapes` are those of `optimize`, for a
-    module. `sizes` are those at which costs are counted, by the axes' names; the example's where not given.
+    module. `sizes` are those at which costs are counted, by the axes' names; the example's where not given. With
+    `calibration` (`laconic.ir.data.Data`, or what the command line calls DATA) the model is run to find redundancy.
 
-    Raises UsageError for the name of no dynamic size or a size out of its range, and what capture raises.
+    Raises UsageError for the name of no dynamic size, a size out of its range or data that does not fit, and what
+    capture raises.
     """
+    folder = None
     if isinstance(model, nn.Module):
         if inputs is None:
             raise UsageError("a module needs example inputs", hint="audit(model, inputs=(x,)) or inputs={'name': x}")
         args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), inputs)
-        return audit_program(capture_module(model, args, kwargs, dynamic_shapes), sizes=sizes)
-    return audit_program(model if isinstance(model, Program) else program_of(str(model)), sizes=sizes)
+        program = capture_module(model, args, kwargs, dynamic_shapes)
+    else:
+        program, folder = (model, None) if isinstance(model, Program) else opened(str(model))
+    data = calibration
+    if isinstance(data, str):
+        data = load_data(data, program, folder=folder, split="calibration")
+    return audit_program(program, sizes=sizes, calibration=data)
 
 
 def audit_program(
-    program: Program, *, sizes: Mapping[str, int] | None = None, progress: Callable[[str], None] = lambda stage: None
+    program: Program,
+    *,
+    sizes: Mapping[str, int] | None = None,
+    calibration: Data | None = None,
+    progress: Callable[[str], None] = lambda stage: None,
+    calibrating: Callable[[int, int], None] = lambda done, total: None,
 ) -> Audit:
-    """Audit a Program at these sizes (by display name; the example's where not given).
+    """Audit a Program at these sizes (by display name; the example's where not given), and on this data.
 
-    Raises UsageError for the name of no dynamic size or a size out of its range.
+    Raises UsageError for the name of no dynamic size or a size out of its range, and what calibration raises.
     """
     program = inline(program)
     measure_at(program, sizes)
@@ -154,6 +175,10 @@ def audit_program(
         "flops": sum(int(cost_at(small, entry, sizes).flops) for entry in small.entries.values()),
         "peak_bytes": max(peak_activation(small, entry, sizes).bytes for entry in small.entries.values()),
     }
+    tables = None
+    if calibration is not None:
+        kept = cache_folder() / "calibration"
+        tables = tuple(find_redundancy(program, calibration, sizes=sizes, folder=kept, progress=calibrating))
     weights = sorted(((w.name, nbytes(w.value)) for w in program.weights.values()), key=lambda pair: -pair[1])
     return Audit(
         program=program,
@@ -167,6 +192,7 @@ def audit_program(
         savings=savings,
         entries=tuple(entries),
         top_weights=tuple(weights[:_TOP]),
+        redundancy=tables,
     )
 
 

@@ -11,6 +11,7 @@ import jsonschema
 import pytest
 import torch
 
+import laconic
 from architectures import llama, qwen3_moe
 from laconic.auditing import audit_program
 from laconic.cli.main import run
@@ -114,10 +115,14 @@ def test_an_outlier_channel_stands_last(planted: dict[str, Table]) -> None:
 
 
 def test_equal_matrices_anywhere(planted: dict[str, Table]) -> None:
+    parts = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+    parts += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    equal = {(f"1.{part}", f"3.{part}") for part in parts}
+    equal |= {("0.self_attn.q_proj", "7.self_attn.o_proj"), ("2.self_attn.o_proj", "6.self_attn.o_proj")}  # planted, 0
     found = planted["alike matrices"].findings
-    equal = [f.where for f in found if f.score == 0.0]
-    assert any("layers.0.self_attn.q_proj" in where and "layers.7.self_attn.o_proj" in where for where in equal)
-    assert "layers.1." in equal[0] or "layers.0." in equal[0]
+    named = {f"model.layers.{a}.weight and model.layers.{b}.weight" for a, b in equal}
+    assert {f.where for f in found[: len(named)]} == named
+    assert [f.score == 0.0 for f in found] == [k < len(named) for k in range(len(found))]
 
 
 def test_repeated_tokens() -> None:
@@ -173,6 +178,8 @@ def test_the_command_line(callable_model: str, tmp_path: Path, capfd: pytest.Cap
     assert run([*line, "--force"]) == 0
     said = capfd.readouterr().out
     assert "branches (size of what a branch changes" in said
+    found = laconic.audit(callable_model, calibration="planted:data")
+    assert found.to_json()["redundancy"] == document["redundancy"]
 
 
 def test_a_page_without_calibration_and_with_awkward_names() -> None:

@@ -67,23 +67,18 @@ def audit(
         from laconic.sources import opened
 
         program, folder = opened(model, shown.stage)
-        found = audit_program(program, sizes=sizes, progress=shown.stage)
-        tables = []
+        data, calibrating = None, {}
         if calibration is not None:
-            from laconic.cache import cache_folder
             from laconic.data.load import load_data
-            from laconic.redundancy import find_redundancy
 
-            where = tokenizer or folder
-            data = load_data(calibration, found.program, folder=where, split="calibration", batch=batch)
-            advance = shown.counted(f"calibrating on {data.name}")
-            kept = cache_folder() / "calibration"
-            tables = find_redundancy(found.program, data, sizes=sizes, folder=kept, progress=advance)
+            data = load_data(calibration, program, folder=tokenizer or folder, split="calibration", batch=batch)
+            calibrating = {"calibrating": shown.counted(f"calibrating on {data.name}")}
+        found = audit_program(program, sizes=sizes, calibration=data, progress=shown.stage, **calibrating)
     if not speaks:
         return None
     document = {"schema": 1, "model": model, **found.to_json()}
     if calibration is not None:
-        document |= {"calibration": calibration, "redundancy": [table.to_json() for table in tables]}
+        document["calibration"] = calibration
     if html is not None:
         from laconic.page import write_page
 
