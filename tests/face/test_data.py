@@ -318,7 +318,9 @@ def test_two_processes_have_the_sums_of_one(saved: Path, tmp_path: Path) -> None
     assert len(one) == len(two) > 5
     for ours, theirs in zip(one, two, strict=True):
         assert ours["name"] == theirs["name"]
-        by_place = {(row["what"], row["where"]): row["score"] for row in theirs["findings"]}
-        for row in ours["findings"][:20]:
-            if (row["what"], row["where"]) in by_place:
-                assert by_place[row["what"], row["where"]] == pytest.approx(row["score"], rel=1e-6, abs=1e-9)
+        here, there = ({(row["what"], row["where"]): row["score"] for row in t["findings"]} for t in (ours, theirs))
+        shared = here.keys() & there.keys()  # lists end somewhere, and what ties there may be either
+        assert len(shared) >= 0.9 * max(len(here), len(there))
+        assert {key: here[key] for key in shared} == pytest.approx(
+            {key: there[key] for key in shared}, rel=1e-6, abs=1e-9
+        )
