@@ -19,6 +19,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from laconic.ir.dynamo import Reading, Refusal, Scope, memory, value_of
 from laconic.ir.listing import Operand, Repeat
@@ -186,18 +187,41 @@ def _stretches(repeats: list[Repeat], reading: Reading) -> Iterator[_Stretch]:
         if start in starting:
             repeat, k = starting[start]
             position = start + repeat.period
-            outputs = _worth_their_gradient(repeat.outputs, start, listing.outputs(start, repeat.period), reading)
+            outputs = _worth_their_gradient(repeat, start, listing.outputs(start, repeat.period), reading)
             bound = tuple(slot[k] for slot in repeat.slots)
             yield _Stretch(start, position, outputs, (id(repeat), outputs), bound)
 
 
-def _worth_their_gradient(outputs: tuple[int, ...], start: int, used: set[int], reading: Reading) -> tuple[int, ...]:
-    """The outputs of a block; without those that are not used here, if one of them requires gradients: what it was
-    made of would get gradients of zero in place of none, which an optimizer with weight decay takes for a step."""
-    unused = [reading.nodes[start + offset] for offset in outputs if offset not in used]
-    if reading.recording and any(getattr(value_of(node), "requires_grad", False) for node in unused):
-        return tuple(offset for offset in outputs if offset in used)
-    return outputs
+def _worth_their_gradient(repeat: Repeat, start: int, used: set[int], reading: Reading) -> tuple[int, ...]:
+    """The outputs of a block; without those that are not used here, if an operand gets gradients through them alone: it
+    would get zeros in place of none, which an optimizer with weight decay takes for a step."""
+    kept = tuple(offset for offset in repeat.outputs if offset in used)
+    if not reading.recording or len(kept) == len(repeat.outputs):
+        return repeat.outputs
+    reached = _gradients(range(start, start + repeat.period), reading)
+    if reached is None:
+        unused = (reading.nodes[start + offset] for offset in repeat.outputs if offset not in used)
+        return kept if any(_requires_gradients(node) for node in unused) else repeat.outputs
+    of_used = set().union(*(reached[offset] for offset in kept))
+    return repeat.outputs if all(reached[offset] <= of_used for offset in repeat.outputs) else kept
+
+
+def _gradients(positions: range, reading: Reading) -> list[set[fx.Node]] | None:
+    """For each of these calls, the values from outside that its gradients flow to; None where that is not told by who
+    reads whom: where a call writes, or is given a graph."""
+    found: dict[fx.Node, set[fx.Node]] = {}
+    for position in positions:
+        node = reading.nodes[position]
+        if written(node) or any(isinstance(held(leaf), nn.Module) for leaf in node.all_input_nodes):
+            return None
+        sources = [found.get(leaf, {leaf}) for leaf in node.all_input_nodes if _requires_gradients(leaf)]
+        found[node] = set().union(*sources) if _requires_gradients(node) else set()
+    return list(found.values())
+
+
+def _requires_gradients(node: fx.Node) -> bool:
+    leaves = pytree.tree_leaves(value_of(node))
+    return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves)
 
 
 def _piece(reading: Reading, positions: range, slots: list[fx.Node], outputs: list[int]) -> Piece:

@@ -246,6 +246,23 @@ def test_what_nothing_depends_on_has_no_gradient() -> None:
     assert done["pieces"] < done["steps"]
 
 
+class ByTurns(TwoStreams):
+    """Of the last block's two streams one goes nowhere, but by the other."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.sin(x)
+        y = x * 0.5
+        for first, second in zip(self.first, self.second, strict=True):
+            x = x + torch.tanh(first(y))
+            y = y + torch.sigmoid(second(x))
+        return torch.cos(y)
+
+
+def test_what_has_gradients_anyway_shares_a_piece() -> None:
+    done = check(made(ByTurns), drawn(grad=True), repeats=5)
+    assert done["pieces"] == 3, "what stands before, the block, and what stands behind"
+
+
 def test_half_of_the_model_is_frozen() -> None:
     model = made(lambda: Stack(count=8))
     for block in model.blocks[:4]:  # type: ignore[index]
