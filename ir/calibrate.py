@@ -20,13 +20,16 @@ import torch
 import torch.distributed
 from torch import fx
 
-from laconic.ir.data import Batch, Data, flat_inputs
+from laconic.ir.data import Data, flat_inputs, running
 from laconic.ir.errors import ModelError, UsageError
 from laconic.ir.files import place_file, temporary_beside
 from laconic.ir.interpret import Interpreter, Tap
+from laconic.ir.metrics.base import Metric
 from laconic.ir.program import Program
+from laconic.ir.quality import named_results
 from laconic.ir.signature import content_key
-from laconic.ir.statistics.base import Rows, Statistic, Statistics, Sums, add, finite
+from laconic.ir.statistics.base import Statistic, Statistics, Sums, add, finite
+from laconic.ir.statistics.rows import Masks, Rows
 from laconic.ir.types import TensorType, type_of
 
 log = logging.getLogger(__name__)
@@ -35,10 +38,10 @@ log = logging.getLogger(__name__)
 MEMORY = 2 << 30
 _SAVE_EVERY = 20.0  # seconds
 
+#: What kept runs look like; those of another number are not read.
+_FORMAT = 2
+
 Progress = Callable[[int, int], None]
-
-
-Loss = Callable[[list[Any], Batch], torch.Tensor]
 
 
 def calibrate(
@@ -46,18 +49,19 @@ def calibrate(
     data: Data,
     wanted: Sequence[Statistic],
     *,
-    loss: Loss | None = None,
+    loss: Metric | None = None,
     memory: int = MEMORY,
     folder: Path | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Statistics:
     """Gather statistics of a program's entry `forward` on data.
 
-    `loss` gives the summed loss of a batch from the results and the batch, for statistics of gradients. `folder` is
-    where runs are kept: the same question is answered from there, and one that was interrupted goes on. `progress` is
-    called with the number of batches done and of all.
+    `loss` is a metric that has a gradient, for statistics of gradients. `folder` is where runs are kept: the same
+    question is answered from there, and one that was interrupted goes on. `progress` is called with the number of
+    batches done and of all.
 
-    Raises UsageError for data without batches, or whose inputs do not fit; ModelError for a value that is not finite.
+    Raises UsageError for data without batches, or that the model does not take; ModelError for a value that is not
+    finite.
     """
     if not len(data):
         raise UsageError(f"{data.name} is empty", hint="calibrate on at least one sample")
@@ -65,7 +69,7 @@ def calibrate(
     if loss is None and any(statistic.gradient for statistic in wanted):
         raise UsageError("statistics of gradients need a loss", hint="name a metric that has one, such as nats")
     groups = _groups(program, wanted, memory)
-    kept = None if folder is None else folder / digest(program, data, wanted)
+    kept = None if folder is None else folder / digest(program, data, loss)
     share = _share(len(data))
     if not share:
         raise UsageError(
@@ -73,7 +77,7 @@ def calibrate(
         )
     found: dict[str, Sums] = {}
     for number, group in enumerate(groups):
-        run = _GroupRun(program, data, group, loss, share, None if kept is None else kept / f"{number}.safetensors")
+        run = _GroupRun(program, data, group, loss, share, None if kept is None else kept / _file(group))
         found |= run.sums(partial(_told, progress, number * len(share), len(groups) * len(share)))
     _refuse_too_short(program, data, wanted, found)
     return Statistics(found, wanted)
@@ -98,18 +102,22 @@ def _refuse_too_short(program: Program, data: Data, wanted: Sequence[Statistic],
             )
 
 
-def digest(program: Program, data: Data, wanted: Sequence[Statistic]) -> str:
-    """What a run is kept under: the program with its weights, the data, what is asked, and this process's share."""
-    found = hashlib.sha256(str(program).encode())
+def digest(program: Program, data: Data, loss: Metric | None) -> str:
+    """What runs are kept under: the program with its weights, the data, the loss, and this process's share. What is
+    asked names the files there."""
+    found = hashlib.sha256(f"{_FORMAT} {torch.__version__} {program}".encode())
     for name, weight in sorted(program.weights.items()):
         found.update(name.encode())
         found.update(content_key(weight.value))
     found.update(data.digest.encode())
-    for statistic in wanted:
-        found.update(statistic.key.encode())
     rank, world = _process()
-    found.update(f"{rank} of {world}".encode())
+    found.update(f"{rank} of {world}, {loss and (type(loss).__qualname__, loss.name)}".encode())
     return found.hexdigest()
+
+
+def _file(group: Sequence[Statistic]) -> str:
+    asked = hashlib.sha256("\n".join(statistic.key for statistic in group).encode())
+    return f"{asked.hexdigest()[:32]}.safetensors"
 
 
 def _process() -> tuple[int, int]:
@@ -140,6 +148,10 @@ def _groups(program: Program, wanted: Sequence[Statistic], memory: int) -> list[
     return groups
 
 
+def _nodes(program: Program, statistic: Statistic) -> list[fx.Node]:
+    return [node for node in program.forward.graph.nodes if node.name in statistic.nodes]
+
+
 def _shape(node: fx.Node) -> tuple[Any, ...]:
     kind = type_of(node.meta["val"])
     assert isinstance(kind, TensorType)
@@ -154,7 +166,7 @@ class _GroupRun:
         program: Program,
         data: Data,
         group: Sequence[Statistic],
-        loss: Loss | None,
+        loss: Metric | None,
         share: range,
         path: Path | None,
     ) -> None:
@@ -162,9 +174,11 @@ class _GroupRun:
         self.found: dict[str, Sums] = {statistic.key: {} for statistic in group}
         self.done = self._kept = 0
         self._whole = True
-        self._rows = Rows()
+        self._masks: Masks | None = None
         self._more: dict[str, Sums] = {}
         self._seen: dict[str, torch.Tensor] = {}
+        shapes = {node.name: _shape(node) for s in group for node in _nodes(program, s)}
+        self._shapes = {statistic.key: shapes[statistic.nodes[0]] for statistic in group}
         gradient = group[0].gradient
         if gradient:
             taps = [Tap((name,), self._record(name), replaces=True) for name in {n for s in group for n in s.nodes}]
@@ -188,15 +202,17 @@ class _GroupRun:
 
     def _step(self, k: int) -> None:
         """Add a batch."""
-        batch = self.data.batch(k)
-        inputs = flat_inputs(self.program, batch, self.data.place(k))
-        self._rows, self._more, self._seen = Rows(batch.mask), {}, {}
-        outcome = self._interpreter(inputs, gradients=bool(self._interpreter.entry.outputs))
+        batch, place = self.data.batch(k), self.data.place(k)
+        inputs = flat_inputs(self.program, batch, place)
+        self._masks, self._more, self._seen = Masks(self.program, batch), {}, {}
+        with running(place):
+            outcome = self._interpreter(inputs, gradients=bool(self._interpreter.entry.outputs))
         if self.loss is not None and self.group[0].gradient:
-            self._differentiate(self.loss(outcome.results, batch))
+            results = named_results(self._interpreter.entry, outcome.results)
+            self._differentiate(self.loss.loss(results, batch))
         for statistic in self.group:
             if not finite(self._more[statistic.key]):
-                raise _not_finite(self.program, inputs, self.data.place(k))
+                raise _not_finite(self.program, inputs, place, statistic)
         self._whole = False  # an interrupt from here on leaves what must not be kept
         for statistic in self.group:
             add(self.found[statistic.key], self._more[statistic.key], statistic.maxima)
@@ -205,9 +221,13 @@ class _GroupRun:
 
     def _gather(self, statistic: Statistic) -> Callable[..., None]:
         def see(*values: torch.Tensor) -> None:
-            self._more[statistic.key] = statistic.sums(values, self._rows)
+            self._more[statistic.key] = statistic.sums(values, self._rows(statistic))
 
         return see
+
+    def _rows(self, statistic: Statistic) -> Rows:
+        assert self._masks is not None
+        return self._masks.rows(self._shapes[statistic.key], statistic.positions)
 
     def _record(self, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
         """Remember a value as one that the loss is differentiated by."""
@@ -227,7 +247,8 @@ class _GroupRun:
             for name, gradient in zip(names, found, strict=True)
         }
         for statistic in self.group:
-            self._more[statistic.key] = statistic.sums([gradients[name] for name in statistic.nodes], self._rows)
+            values = [gradients[name] for name in statistic.nodes]
+            self._more[statistic.key] = statistic.sums(values, self._rows(statistic))
 
     def _save(self) -> None:
         if self.path is None or self.done == self._kept or not self._whole:
@@ -247,13 +268,19 @@ class _GroupRun:
     def _restore(self) -> None:
         if self.path is None or not self.path.exists():
             return
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        with safe_open(self.path, "pt") as file:
-            self.done = self._kept = int(file.metadata()["done"])
-            for name in file.keys():  # noqa: SIM118
-                number, _, sum_name = name.partition(".")
-                self.found[self.group[int(number)].key][sum_name] = file.get_tensor(name)
+        try:
+            with safe_open(self.path, "pt") as file:
+                done = int(file.metadata()["done"])
+                for name in file.keys():  # noqa: SIM118
+                    number, _, sum_name = name.partition(".")
+                    self.found[self.group[int(number)].key][sum_name] = file.get_tensor(name)
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, IndexError) as problem:
+            log.warning("%s cannot be read and is gathered anew: %s", self.path, problem)
+            self.found = {statistic.key: {} for statistic in self.group}
+            return
+        self.done = self._kept = done
         log.info("%s: going on behind batch %d of %d", self.path, self.done, len(self.share))
 
 
@@ -268,19 +295,27 @@ def _joined(sums: Sums, maxima: frozenset[str]) -> Sums:
     return sums
 
 
-def _not_finite(program: Program, inputs: list[torch.Tensor], batch: str) -> ModelError:
-    """An error that names the first value that is not finite, where it was finite before."""
+def _not_finite(program: Program, inputs: list[torch.Tensor], batch: str, statistic: Statistic) -> ModelError:
+    """An error that names the first value that is not finite: NaN or greater than the dtype holds (masks hold -inf).
+    What stands behind the statistic's own values is none of its business."""
     first: list[str] = []
 
     def look(name: str) -> Callable[[Any], None]:
         def see(value: Any) -> None:
-            bad = isinstance(value, torch.Tensor) and value.is_floating_point() and bool(torch.isnan(value).any())
-            if bad and not first:
-                first.append(name)
+            if not first and isinstance(value, torch.Tensor) and value.is_floating_point():
+                bad = bool(torch.isnan(value).any() or torch.isposinf(value).any())
+                first.extend([name] if bad else [])
 
         return see
 
     nodes = {node.name: node for node in program.forward.graph.nodes if node.op in ("placeholder", "call_function")}
-    Interpreter(program, [Tap((name,), look(name)) for name in nodes], results=False)(inputs)
-    where = program.describe(nodes[first[0]]) if first else "the gradient of the loss"
-    return ModelError(f"{batch} makes values that are not finite", where=where)
+    names = [name for name, node in nodes.items() if isinstance(node.meta.get("val"), torch.Tensor)]
+    if not statistic.gradient:
+        names = names[: 1 + max(names.index(name) for name in statistic.nodes)]
+    taps = [Tap((name,), look(name)) for name in names]
+    Interpreter(program, taps, results=False)(inputs)
+    if first:
+        return ModelError(f"{batch} makes values that are not finite", where=program.describe(nodes[first[0]]))
+    kind, node = type(statistic).__name__, nodes[statistic.nodes[0]]
+    what = "the gradient of the loss is not finite" if statistic.gradient else "its sums overflow"
+    return ModelError(f"{kind} of {batch} is not finite", where=program.describe(node), why=what)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -67,7 +68,7 @@ class Data(ABC):
 
 def flat_inputs(program: Program, batch: Batch, where: str) -> list[torch.Tensor]:
     """A batch as the entry `forward` takes it. `where` names the batch. Raises UsageError for inputs that are missing
-    or of other types or sizes."""
+    or of other types or sizes, and for a mask that is not of (samples, positions)."""
     entry, given = program.forward, batch.inputs
     wanted = [declared.name for declared in entry.inputs]
     for name in given:
@@ -83,7 +84,22 @@ def flat_inputs(program: Program, batch: Batch, where: str) -> list[torch.Tensor
         check_inputs(program, entry, inputs, [type_of(node.meta["val"]) for node in entry.input_nodes()])
     except UsageError as problem:
         raise UsageError(problem.what, where=where, why=problem.why, hint=problem.hint) from problem
+    if batch.mask is not None and (batch.mask.ndim != 2 or len(batch.mask) != batch.samples):
+        raise UsageError(
+            f"the mask must be of {batch.samples} samples and their positions, is {tuple(batch.mask.shape)}",
+            where=where,
+        )
     return inputs
+
+
+@contextmanager
+def running(where: str) -> Iterator[None]:
+    """What torch refuses while a model runs on a batch, as a UsageError that names the batch: ids beyond a table."""
+    try:
+        yield
+    except (IndexError, RuntimeError) as problem:
+        why = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+        raise UsageError("the model does not take these values", where=where, why=why) from problem
 
 
 def refuse_overlap(data: Data, calibration: Data) -> None:

@@ -13,7 +13,7 @@ from laconic.ir.program import Program
 from laconic.ir.statistics.attention import Attended
 from laconic.ir.statistics.base import Statistic
 from laconic.ir.statistics.likeness import Similarity, TokenLikeness
-from laconic.ir.statistics.moments import Moments
+from laconic.ir.statistics.moments import HeadMoments, Moments
 from laconic.ir.statistics.routing import Routing
 from laconic.ir.structure.records import Attention, BlockRun, Branch, EntryStructure, Mlp, Moe
 from laconic.ir.traits import argument
@@ -34,11 +34,13 @@ class Evidence:
     keys: list[tuple[Attention, Moments]] = field(default_factory=list)
     values: list[tuple[Attention, Moments]] = field(default_factory=list)
     attended: list[tuple[Attention, Attended]] = field(default_factory=list)
+    #: Sites that something is not asked of, and why.
+    unseen: list[tuple[fx.Node, str]] = field(default_factory=list)
 
     def statistics(self) -> Iterator[Statistic]:
         """All of them."""
-        for part in vars(self).values():
-            for _, statistic in part:
+        for name, part in vars(self).items():
+            for _, statistic in part if name != "unseen" else ():
                 yield statistic
 
 
@@ -47,23 +49,75 @@ def evidence_of(program: Program, structure: EntryStructure) -> Evidence:
     found = Evidence()
     for run in structure.runs:
         edges = boundaries(structure, run)
-        found.runs.append((run, Similarity(tuple(node.name for node in edges))))
+        found.runs.append((run, Similarity(tuple(node.name for node in edges), _channels(edges))))
         found.tokens.extend((node, TokenLikeness(node.name)) for node in edges if node.meta["val"].ndim == 3)
     for stream in structure.streams:
-        found.branches.extend((branch, Similarity((branch.v.name, branch.out.name))) for branch in stream.branches)
+        for branch in stream.branches:
+            both = [branch.v, branch.add]
+            found.branches.append((branch, Similarity(tuple(node.name for node in both), _channels(both))))
     for mlp in structure.mlps:
         found.hidden.append((mlp, Moments(mlp.down.x.name)))
     for moe in structure.moes:
         if (chosen := chosen_experts(moe)) is not None:
             sigmoid = moe.score == "sigmoid"
             found.experts.append((moe, Routing(moe.router.node.name, chosen.name, moe.experts, sigmoid)))
+        else:
+            found.unseen.append((moe.node, "experts: which are chosen is not computed as indices"))
     for attention in structure.attentions:
-        if attention.k is not None and attention.v is not None:
-            found.keys.append((attention, Moments(attention.k.node.name)))
-            found.values.append((attention, Moments(attention.v.node.name)))
+        for k, part in ((1, found.keys), (2, found.values)):
+            if (held := _held(attention, k)) is not None:
+                part.append((attention, held))
+            else:
+                name = "keys" if k == 1 else "values"
+                found.unseen.append(
+                    (attention.node, f"cache: no one op is given the {name}, and no one matrix makes them")
+                )
         if (attended := _attended(attention)) is not None:
             found.attended.append((attention, attended))
+        else:
+            found.unseen.append((attention.node, "heads: the softmax has no axis of samples beside that of heads"))
     return found
+
+
+def expert_matrices(program: Program, moe: Moe) -> list[list[torch.Tensor]]:
+    """The matrices of each expert, without the router's; nothing if they cannot be told apart."""
+    inside = set(moe.nodes)
+    read = (n for node in moe.nodes if node is not moe.router.node for n in node.all_input_nodes if n not in inside)
+    named = dict.fromkeys(name for node in read if (name := _weight(node)) in program.weights)
+    values = [program.weights[name].value for name in named if name is not None]
+    stacked = [value for value in values if value.ndim == 3 and len(value) == moe.experts]
+    if stacked:
+        return [[value[k] for value in stacked] for k in range(moe.experts)]
+    flat = [value for value in values if value.ndim == 2]
+    each = len(flat) // moe.experts
+    found = [flat[k * each : (k + 1) * each] for k in range(moe.experts)]
+    alike = {tuple(value.shape for value in matrices) for matrices in found}
+    return found if each and len(flat) == each * moe.experts and len(alike) == 1 else []
+
+
+def _weight(node: fx.Node) -> str | None:
+    """The weight that a node is, or is a view or copy of."""
+    while node.op == "call_function" and len(node.all_input_nodes) == 1:
+        (node,) = node.all_input_nodes
+    return node.meta.get("name") if node.op == "placeholder" else None
+
+
+def _channels(nodes: list[fx.Node]) -> int:
+    """The axis of channels of a stream: the second one if convolutions read it, else the last."""
+    reads = (user.target for node in nodes for user in node.users)
+    return 1 if nodes[0].meta["val"].ndim == 4 and any("conv" in str(target) for target in reads) else -1
+
+
+def _held(attention: Attention, operand: int) -> Moments | None:
+    """The keys (1) or values (2) as a cache holds them: what a fused attention is given, else what is projected, before
+    norms and rotation."""
+    node = attention.node
+    if attention.fused and node.target is _FUSED and node.meta["val"].ndim == 4:
+        given = node.args[operand]
+        assert isinstance(given, fx.Node)
+        return HeadMoments(given.name)
+    projection = attention.k if operand == 1 else attention.v
+    return None if projection is None else Moments(projection.node.name, projection.columns)
 
 
 def _attended(attention: Attention) -> Attended | None:
@@ -71,7 +125,7 @@ def _attended(attention: Attention) -> Attended | None:
     axis of samples beside that of heads."""
     node = attention.node
     if not attention.fused:
-        return Attended(weights=node.name) if node.meta["val"].ndim == 4 else None
+        return Attended(weights=node.name, sink=attention.sink) if node.meta["val"].ndim == 4 else None
     if node.target is not _FUSED or node.meta["val"].ndim != 4:
         return None
     q, k = node.args[:2]

@@ -35,17 +35,37 @@ class Gate:
 class Scorer:
     """A metric of a program's `forward` on data, as a function of what its gates do.
 
-    The data, and for a metric that compares the results of the program with all gates open, are kept in memory.
+    The data, and for a metric that compares the results of the program with all gates open, are kept in memory. Gates
+    at one place act one behind the other.
+
+    Raises UsageError for two gates of one name, a place that is none, and a metric that runs the model itself.
     """
 
     def __init__(self, program: Program, gates: Sequence[Gate], data: Data, metric: Metric) -> None:
         self._metric = metric
         self._settings: Candidate = {}
         self._gates = [gate.name for gate in gates]
-        self._run = Interpreter(program, [Tap((g.node,), self._gate(g.name), replaces=True) for g in gates])
+        self._refuse(program, gates)
+        places = {gate.node: [g.name for g in gates if g.node == gate.node] for gate in gates}
+        self._run = Interpreter(
+            program, [Tap((node,), self._gate(names), replaces=True) for node, names in places.items()]
+        )
         batches = [data.batch(k) for k in range(len(data))]
         self._batches = [(b, flat_inputs(program, b, data.place(k))) for k, b in enumerate(batches)]
         self._open = [self._results(inputs) for _, inputs in self._batches] if metric.reference else None
+
+    def _refuse(self, program: Program, gates: Sequence[Gate]) -> None:
+        if self._metric.runs:
+            raise UsageError(f"{self._metric.name} runs the model itself", hint="score by a metric of its results")
+        twice = {name for name in self._gates if self._gates.count(name) > 1}
+        if twice:
+            raise UsageError(f"two gates are named {min(twice)!r}")
+        nodes = [node.name for node in program.forward.graph.nodes]
+        for gate in gates:
+            if gate.node not in nodes:
+                raise UsageError(
+                    f"there is no node {gate.node!r} for the gate {gate.name!r}", hint=did_you_mean(gate.node, nodes)
+                )
 
     def __call__(self, candidate: Candidate) -> float:
         """The metric with these gates set, all others open. Raises UsageError for an unknown gate."""
@@ -65,11 +85,12 @@ class Scorer:
     def _results(self, inputs: list[torch.Tensor]) -> Results:
         return named_results(self._run.entry, self._run(inputs).results)
 
-    def _gate(self, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    def _gate(self, names: Sequence[str]) -> Callable[[torch.Tensor], torch.Tensor]:
         def see(value: torch.Tensor) -> torch.Tensor:
-            setting = self._settings.get(name)
-            if setting is None:
-                return value
-            return setting(value) if callable(setting) else value * setting
+            for name in names:
+                setting = self._settings.get(name)
+                if setting is not None:
+                    value = setting(value) if callable(setting) else value * setting
+            return value
 
         return see

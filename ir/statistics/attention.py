@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from laconic.ir.statistics.base import Rows, Statistic, Sums
+from laconic.ir.statistics.base import Statistic, Sums
+from laconic.ir.statistics.rows import Rows
 
 #: Distances between query and key are counted by their power of two: 0, 1, 2-3, 4-7, ...
 DISTANCES = 16
@@ -18,11 +19,12 @@ DISTANCES = 16
 @dataclass(frozen=True)
 class Attended(Statistic):
     """The rows of an attention's softmax, by head: `entropy` in nats, `greatest` weight, `first`, the weight on the
-    first key, `own`, that on the query itself, and `distance` (heads, 16), that on keys so many positions away by
-    powers of two; all else (heads,); `rows` ().
+    first key that is not padding, `own`, that on the query itself, and `distance` (heads, 16), that on keys so many
+    positions away by powers of two; all else (heads,); `rows` ().
 
     Either `weights` is the node of the softmax, (samples, heads, queries, keys), or `q` and `k` are those of a fused
     attention, (samples, heads, positions, width), with `scale`, and `mask` (added, or True where allowed) or `causal`.
+    With `sink` the last of the softmax's columns is no key: it is left out.
     """
 
     weights: str = ""
@@ -31,32 +33,42 @@ class Attended(Statistic):
     mask: str = ""
     scale: float = 1.0
     causal: bool = False
+    sink: bool = False
+
+    positions: ClassVar[int] = 2
 
     @property
     def nodes(self) -> tuple[str, ...]:
         return tuple(name for name in (self.weights, self.q, self.k, self.mask) if name)
 
     def sums(self, values: Sequence[torch.Tensor], rows: Rows) -> Sums:
-        p = self._weights(
-            dict(zip([n for n in ("weights", "q", "k", "mask") if getattr(self, n)], values, strict=True))
-        )
-        samples, heads, queries, keys = p.shape
-        counted = torch.ones(samples, queries, dtype=torch.bool) if rows.mask is None else rows.mask
-        if counted.shape != (samples, queries):
-            rows.flat(p.transpose(1, 2))  # says why
-        p = p.transpose(1, 2)[counted].double()  # (rows, heads, keys)
-        position = (torch.arange(queries) + keys - queries).expand(samples, -1)[counted]
-        away = (position[:, None] - torch.arange(keys)).abs()
+        named = dict(zip([n for n in ("weights", "q", "k", "mask") if getattr(self, n)], values, strict=True))
+        samples = len(values[0])
+        found: Sums = {}
+        for k in range(samples):  # one by one: a batch's weights may not fit
+            own = {name: value[k : k + 1] if len(value) == samples else value for name, value in named.items()}
+            more = self._of_sample(self._weights(own)[0], None if rows.mask is None else rows.mask[k])
+            found = {name: found[name] + value if name in found else value for name, value in more.items()}
+        return found
+
+    def _of_sample(self, p: torch.Tensor, mask: torch.Tensor | None) -> Sums:
+        """`p` (heads, queries, keys); `mask` (queries,) bool."""
+        p = p[..., :-1] if self.sink else p
+        heads, queries, keys = p.shape
+        counted = torch.ones(queries, dtype=torch.bool) if mask is None else mask
+        start = int(counted.long().argmax()) if keys == queries else 0
+        p = p[:, counted].double()
+        away = ((torch.arange(queries) + keys - queries)[counted, None] - torch.arange(keys)).abs()
         bucket = torch.where(away == 0, 0, 1 + away.clamp(min=1).log2().floor().long()).clamp(max=DISTANCES - 1)
-        distance = torch.zeros(len(p), heads, DISTANCES, dtype=torch.float64)
-        distance.scatter_add_(2, bucket[:, None].expand(-1, heads, -1), p)
+        distance = torch.zeros(heads, int(counted.sum()), DISTANCES, dtype=torch.float64)
+        distance.scatter_add_(2, bucket.expand(heads, -1, -1), p)
         return {
-            "rows": torch.tensor(len(p)),
-            "entropy": -torch.special.xlogy(p, p).sum(-1).sum(0),
-            "greatest": p.amax(-1).sum(0),
-            "first": p[:, :, 0].sum(0),
-            "own": distance[:, :, 0].sum(0),
-            "distance": distance.sum(0),
+            "rows": counted.sum(),
+            "entropy": -torch.special.xlogy(p, p).sum((1, 2)),
+            "greatest": p.amax(-1).sum(1),
+            "first": p[:, :, start].sum(1),
+            "own": distance[:, :, 0].sum(1),
+            "distance": distance.sum(1),
         }
 
     def _weights(self, given: dict[str, torch.Tensor]) -> torch.Tensor:

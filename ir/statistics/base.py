@@ -13,41 +13,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from laconic.ir.errors import UsageError
+from laconic.ir.statistics.rows import Rows
 
 Sums = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Which positions of a batch count: `mask` (samples, positions) bool; None if all do."""
-
-    mask: torch.Tensor | None = None
-
-    def flat(self, value: torch.Tensor) -> torch.Tensor:
-        """The rows that count, (rows, width). `value` is (samples, positions, ..., width), or flat already.
-
-        Raises UsageError if the positions of the value are not those of the mask.
-        """
-        if self.mask is None or bool(self.mask.all()):
-            return value.reshape(-1, value.shape[-1])
-        if value.ndim > 2 and value.shape[:2] == self.mask.shape:
-            return value[self.mask].reshape(-1, value.shape[-1])
-        if value.ndim == 2 and len(value) == self.mask.numel():
-            return value[self.mask.flatten()]
-        raise UsageError(
-            f"padding cannot be told from tokens in a value of shape {tuple(value.shape)}",
-            why=f"the mask is {tuple(self.mask.shape)}",
-            hint="calibrate with samples of one length",
-        )
-
-    def samples(self, value: torch.Tensor) -> list[torch.Tensor]:
-        """The rows of each sample, (positions, width), of a value (samples, positions, width)."""
-        if self.mask is None:
-            return list(value)
-        if value.shape[:2] != self.mask.shape:
-            self.flat(value)  # says why
-        return [rows[kept] for rows, kept in zip(value, self.mask, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -59,6 +27,8 @@ class Statistic(ABC):
 
     #: Names of sums that are maxima: they are joined by the greater, not added.
     maxima: ClassVar[frozenset[str]] = frozenset()
+    #: The axis of the first node's value along which positions lie, unless it is flat.
+    positions: ClassVar[int] = 1
     #: Whether gradients of the loss by the values are looked at, rather than the values.
     gradient: ClassVar[bool] = False
 

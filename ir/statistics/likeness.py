@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from laconic.ir.statistics.base import Rows, Statistic, Sums
+from laconic.ir.statistics.base import Statistic, Sums
+from laconic.ir.statistics.rows import Rows
 
 #: Cosines above which two tokens of a sample are counted as alike.
 CLOSE = (0.8, 0.9, 0.95, 0.99)
@@ -17,14 +18,15 @@ CLOSE = (0.8, 0.9, 0.95, 0.99)
 
 @dataclass(frozen=True)
 class Similarity(Statistic):
-    """How alike the values of several nodes are, row by row: `cosine`, `angle` (arc cosine over pi) and `products`
-    (their inner ones), each (nodes, nodes), and `rows` ().
+    """How alike the values of several nodes are, row by row: sums of `cosine`, `angle` (over pi), `products` (inner
+    ones) and `apart` (squared distances), each (nodes, nodes), and `rows` (). `channels` is the axis of a row.
 
     1 - cosine of what goes into a block and what comes out is its influence (Men et al. 2024, "ShortGPT",
     arXiv:2403.03853); the angle is what Gromov et al. 2024 (arXiv:2403.17887) drop runs of blocks by.
     """
 
     places: tuple[str, ...]
+    channels: int = -1
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -32,20 +34,27 @@ class Similarity(Statistic):
 
     def sums(self, values: Sequence[torch.Tensor], rows: Rows) -> Sums:
         count = len(values)
-        flat = [rows.flat(value).float() for value in values]
-        norms = [x.norm(dim=-1).double().clamp(min=1e-30) for x in flat]
-        cosine, angle, products = (torch.zeros(count, count, dtype=torch.float64) for _ in range(3))
+        flat = [rows.flat(value.movedim(self.channels, -1)).double() for value in values]
+        units = [F.normalize(x, dim=-1) for x in flat]
+        found = {
+            name: torch.zeros(count, count, dtype=torch.float64) for name in ("cosine", "angle", "products", "apart")
+        }
         for a in range(count):
             for b in range(a, count):
-                dots = (flat[a] * flat[b]).sum(-1).double()
-                each = (dots / (norms[a] * norms[b])).clamp(-1.0, 1.0)
-                cosine[a, b] = cosine[b, a] = each.sum()
-                angle[a, b] = angle[b, a] = 0.0 if a == b else each.arccos().sum() / torch.pi
-                products[a, b] = products[b, a] = dots.sum()
-        return {"rows": torch.tensor(len(flat[0])), "cosine": cosine, "angle": angle, "products": products}
+                # From the chord: near 1 the arc cosine loses half of the digits.
+                angle = 2 * ((units[a] - units[b]).norm(dim=-1) / 2).clamp(max=1.0).asin()
+                each = {
+                    "cosine": (units[a] * units[b]).sum(),
+                    "angle": angle.sum() / torch.pi,
+                    "products": (flat[a] * flat[b]).sum(),
+                    "apart": (flat[a] - flat[b]).square().sum(),
+                }
+                for name, value in each.items():
+                    found[name][a, b] = found[name][b, a] = value
+        return {"rows": torch.tensor(len(flat[0]))} | found
 
     def size(self, shapes: Sequence[tuple[Any, ...]]) -> int:
-        return 1 + 3 * len(shapes) ** 2
+        return 1 + 4 * len(shapes) ** 2
 
 
 @dataclass(frozen=True)
@@ -80,3 +89,6 @@ class TokenLikeness(Statistic):
 
     def size(self, shapes: Sequence[tuple[Any, ...]]) -> int:
         return 3 + len(CLOSE)
+
+    def least_rows(self, shapes: Sequence[tuple[Any, ...]]) -> int:
+        return 0

@@ -8,14 +8,17 @@ from typing import Any, ClassVar
 
 import torch
 
-from laconic.ir.statistics.base import Rows, Statistic, Sums, width_of
+from laconic.ir.statistics.base import Statistic, Sums, width_of
+from laconic.ir.statistics.rows import Rows
 
 
 @dataclass(frozen=True)
 class Moments(Statistic):
-    """For each channel of a value: `total`, `squares`, `absolute` and `greatest` of |x|, (width,); `rows`, ()."""
+    """For each channel of a value: `total`, `squares`, `absolute` and `greatest` of |x|, (width,); `rows`, (). Of the
+    channels `columns` (start, stop) alone, if they are named."""
 
     node: str
+    columns: tuple[int, int] | None = None
 
     maxima: ClassVar[frozenset[str]] = frozenset({"greatest"})
 
@@ -24,7 +27,8 @@ class Moments(Statistic):
         return (self.node,)
 
     def sums(self, values: Sequence[torch.Tensor], rows: Rows) -> Sums:
-        x = rows.flat(values[0]).double()
+        x = rows.flat(self._wide(values[0])).double()
+        x = x if self.columns is None else x[:, slice(*self.columns)]
         absolute = x.abs()
         return {
             "rows": torch.tensor(len(x)),
@@ -34,8 +38,25 @@ class Moments(Statistic):
             "greatest": absolute.amax(0) if len(x) else absolute.new_zeros(x.shape[1]),
         }
 
+    def _wide(self, value: torch.Tensor) -> torch.Tensor:
+        return value
+
     def size(self, shapes: Sequence[tuple[Any, ...]]) -> int:
-        return 1 + 4 * width_of(shapes[0])
+        start, stop = self.columns or (0, width_of(shapes[0]))
+        return 1 + 4 * (stop - start)
+
+
+@dataclass(frozen=True)
+class HeadMoments(Moments):
+    """The same of a value (samples, heads, positions, width): a row is that of all heads side by side."""
+
+    positions: ClassVar[int] = 2
+
+    def _wide(self, value: torch.Tensor) -> torch.Tensor:
+        return value.transpose(1, 2).flatten(2)
+
+    def size(self, shapes: Sequence[tuple[Any, ...]]) -> int:
+        return 1 + 4 * int(shapes[0][1]) * width_of(shapes[0])
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from laconic.ir.statistics.base import Rows, Statistic, Sums
+from laconic.ir.statistics.base import Statistic, Sums
+from laconic.ir.statistics.rows import Rows
 
 
 @dataclass(frozen=True)

@@ -89,9 +89,9 @@ def optimize(
     verify_each: bool = True,
     check: bool = True,
     instruments: Sequence[Instrument] = (),
-    data: Data | str | None = None,
+    data: Data | str | Path | None = None,
     metric: str | Sequence[str] = "kl",
-    calibration: Data | str | None = None,
+    calibration: Data | str | Path | None = None,
 ) -> Result:
     """Run a pipeline on a model and prove at each step what it cost. Never changes `model`.
 
@@ -168,8 +168,8 @@ def export_pt2(program: Program, path: str | Path, *, force: bool = False) -> No
     write_pt2(program, Path(path), force=force)
 
 
-def _data(data: Data | str, program: Program, folder: Path | None, split: str) -> Data:
-    return load_data(data, program, folder=folder, split=split) if isinstance(data, str) else data
+def _data(data: Data | str | Path, program: Program, folder: Path | None, split: str) -> Data:
+    return load_data(data, program, folder=folder, split=split) if isinstance(data, (str, Path)) else data
 
 
 def _passes(pipeline: str | Sequence[Pass | str]) -> list[Pass]:

@@ -122,7 +122,7 @@ def audit(
     inputs: tuple[Any, ...] | dict[str, Any] | None = None,
     dynamic_shapes: Any = None,
     sizes: Mapping[str, int] | None = None,
-    calibration: Data | str | None = None,
+    calibration: Data | str | Path | None = None,
 ) -> Audit:
     """What a model is made of and what it says twice. Never changes `model`.
 
@@ -142,7 +142,7 @@ def audit(
     else:
         program, folder = (model, None) if isinstance(model, Program) else opened(str(model))
     data = calibration
-    if isinstance(data, str):
+    if isinstance(data, (str, Path)):
         data = load_data(data, program, folder=folder, split="calibration")
     return audit_program(program, sizes=sizes, calibration=data)
 

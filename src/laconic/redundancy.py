@@ -1,13 +1,13 @@
 """The redundancy that calibration shows: what each part of a model contributes, ranked by how little.
 
 Each table is sorted so that what is most redundant comes first, by `score`. `weight_bytes` and `flops` would go with
-it; `risk` is what there is to lose, as a share: 0 is nothing. Nothing is promised: a share of what passes through a
-block is not a share of what the model is worth, which `optimize` measures.
+it; `risk` is what there is to lose, as a share: 0 is nothing, 1 all or more. Nothing is promised: a share of what
+passes through a block is not a share of what the model is worth, which `optimize` measures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import fx
 from laconic.ir.calibrate import calibrate
 from laconic.ir.cost import flops_of, measure_at
 from laconic.ir.data import Data
-from laconic.ir.evidence import Evidence, evidence_of
+from laconic.ir.evidence import Evidence, evidence_of, expert_matrices
 from laconic.ir.program import Kind, Program
 from laconic.ir.statistics.base import Statistics
 from laconic.ir.statistics.likeness import CLOSE
@@ -26,6 +26,9 @@ from laconic.ir.structure import entry_structure
 from laconic.ir.structure.likeness import alike, likeness
 from laconic.ir.structure.records import Moe
 from laconic.ir.types import nbytes
+
+#: So many channels are named; the rest is counted.
+_NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ def redundancy(
         reader.heads(evidence),
         reader.channels(evidence),
         reader.outliers(evidence),
+        reader.unseen(evidence),
     ]
     return [table for table in found if table.findings]
 
@@ -121,7 +125,7 @@ class _Reader:
             for k in range(run.count):
                 influence = 1.0 - float(cosine[k, k + 1])
                 where = self._place(run.block(k)[0])
-                rows.append(Finding(f"block {k}", where, influence, *self._cost(run.block(k)), influence))
+                rows.append(Finding(f"block {k}", where, influence, *self._cost(run.block(k)), min(1.0, influence)))
             yield Table(
                 f"blocks of stream {run.stream}",
                 "influence: 1 - cosine of what goes in and what comes out; the matrix has the angles (over pi) between "
@@ -137,7 +141,9 @@ class _Reader:
             for pair in likeness(self._program, run):
                 size, _ = self._cost(run.block(pair.b))
                 where = f"{self._place(run.block(pair.a)[0])} and {self._place(run.block(pair.b)[0])}"
-                rows.append(Finding(f"blocks {pair.a} and {pair.b}", where, pair.distance, size, 0, pair.distance))
+                rows.append(
+                    Finding(f"blocks {pair.a} and {pair.b}", where, pair.distance, size, 0, min(1.0, pair.distance))
+                )
             yield Table(
                 f"alike blocks of stream {run.stream}",
                 "distance of their weights, relative to their size",
@@ -148,14 +154,13 @@ class _Reader:
         """Residual branches by how little they change the stream."""
         rows = []
         for branch, statistic in evidence.branches:
-            products = self._statistics[statistic]["products"]
-            before = float(products[0, 0])
-            moved = max(0.0, float(products[0, 0] + products[1, 1] - 2 * products[0, 1]))
-            share = (moved / before) ** 0.5 if before else 0.0
+            sums = self._statistics[statistic]
+            before = float(sums["products"][0, 0])
+            share = float(sums["apart"][0, 1] / before) ** 0.5 if before else 0.0
             rows.append(
                 Finding(branch.kind, self._place(branch.add), share, *self._cost(branch.nodes), min(1.0, share))
             )
-        return Table("branches", "size of what a branch changes, relative to the stream", _sorted(rows))
+        return Table("branches", "size of what a branch adds, relative to the stream", _sorted(rows))
 
     def matrices(self) -> Table:
         """Pairs of weight matrices of one shape by distance."""
@@ -169,19 +174,23 @@ class _Reader:
             values = [self._program.weights[name].value for name in names]
             for pair in alike([[value] for value in values]):
                 named = f"{names[pair.a]} and {names[pair.b]}"
-                rows.append(Finding("matrices", named, pair.distance, nbytes(values[0]), 0, pair.distance))
+                rows.append(Finding("matrices", named, pair.distance, nbytes(values[0]), 0, min(1.0, pair.distance)))
         return Table("alike matrices", "distance of two matrices, relative to their size", _sorted(rows)[:50])
 
     def tokens(self, evidence: Evidence) -> Table:
         """Places by how alike the tokens of a sample are."""
+        behind: dict[str, int] = {}
+        for run, similarity in evidence.runs:
+            flops = [self._cost(run.block(k))[1] for k in range(run.count)]
+            behind |= {name: sum(flops[k:]) for k, name in enumerate(similarity.places)}
         rows = []
         for node, statistic in evidence.tokens:
-            sums = self._statistics[statistic]
-            if not float(sums["rows"]):
+            if not float(self._statistics[statistic]["rows"]):
                 continue
             nearest = float(self._statistics.mean(statistic, "nearest"))
             close = float(self._statistics.mean(statistic, "close")[CLOSE.index(0.95)])
-            rows.append(Finding(f"{close:.0%} of tokens", self._place(node), 1.0 - nearest, 0, 0, 1.0 - close))
+            saved = int(behind.get(node.name, 0) * close / 2)  # of two alike one is left
+            rows.append(Finding(f"{close:.0%} of tokens", self._place(node), 1.0 - nearest, 0, saved, 1.0 - close))
         return Table(
             "alike tokens",
             "1 - cosine of a token and the nearest other of its sample; how many have one above 0.95",
@@ -189,7 +198,7 @@ class _Reader:
         )
 
     def expert_use(self, evidence: Evidence) -> Iterable[Table]:
-        """Experts by how often they are chosen."""
+        """Experts by how often they are chosen, and which are chosen together."""
         for moe, statistic in evidence.experts:
             share = self._statistics.mean(statistic, "counts") / moe.top_k
             size = self._expert_bytes(moe)
@@ -197,28 +206,32 @@ class _Reader:
                 Finding(f"expert {k}", self._place(moe.node), float(used) * moe.experts, size, 0, float(used))
                 for k, used in enumerate(share)
             ]
-            yield Table(f"experts of site {moe.site}", "load: 1 if all were used alike", _sorted(rows))
+            pairs = self._statistics[statistic]["pairs"]
+            together = pairs / pairs.diagonal()[:, None].clamp(min=1)
+            yield Table(
+                f"experts of site {moe.site}",
+                "load: 1 if all were used alike; the matrix has the share of one's tokens that go to another one too",
+                _sorted(rows),
+                tuple(tuple(row) for row in together.tolist()),
+            )
 
     def expert_twins(self, evidence: Evidence) -> Table:
-        """Pairs of experts of one site by the distance of their weights; the risk is how often both are chosen."""
+        """Pairs of experts of one site by the distance of their weights; the risk is that times the share of tokens
+        that the less used of the two gets."""
         rows = []
         for moe, statistic in evidence.experts:
-            if moe.up is None or moe.down is None:
-                continue
-            up, down = (self._program.weights[n.meta["name"]].value for n in (moe.up, moe.down))
-            if len(up) != moe.experts or len(down) != moe.experts:
-                continue
             counts = self._statistics.mean(statistic, "counts")
-            for pair in alike([[up[k], down[k]] for k in range(moe.experts)]):
+            matrices, size = expert_matrices(self._program, moe), self._expert_bytes(moe)
+            for pair in alike(matrices) if matrices else ():
                 used = float(torch.minimum(counts[pair.a], counts[pair.b]))
                 what = f"experts {pair.a} and {pair.b}"
-                risk = pair.distance * used
-                rows.append(Finding(what, self._place(moe.node), pair.distance, self._expert_bytes(moe), 0, risk))
+                risk = min(1.0, pair.distance * used)
+                rows.append(Finding(what, self._place(moe.node), pair.distance, size, 0, risk))
         return Table("alike experts", "distance of their weights, relative to their size", _sorted(rows)[:50])
 
     def _expert_bytes(self, moe: Moe) -> int:
-        weights = [n for n in (moe.up, moe.down) if n is not None]
-        return sum(nbytes(self._program.weights[n.meta["name"]].value) for n in weights) // moe.experts
+        matrices = expert_matrices(self._program, moe)
+        return sum(nbytes(value) for value in matrices[0]) if matrices else 0
 
     def channels(self, evidence: Evidence) -> Table:
         """Hidden channels of MLPs by how much they say."""
@@ -228,12 +241,15 @@ class _Reader:
             size = (self._statistics.mean(statistic, "squares")).sqrt()
             whole = float(size.square().mean().sqrt())
             cost = self._cost([n for n in mlp.nodes if n.op == "call_function"])
-            for k in torch.argsort(size)[:8].tolist():
+            each = (cost[0] // len(size), cost[1] // len(size))
+            silent = torch.nonzero(sums["greatest"] == 0).flatten().tolist()
+            if silent:
+                saved = (each[0] * len(silent), each[1] * len(silent))
+                what = f"{_numbered('channel', silent)}, always zero"
+                rows.append(Finding(what, self._place(mlp.node), 0.0, *saved, 0.0))
+            for k in [k for k in torch.argsort(size).tolist() if k not in set(silent)][:8]:
                 share = float(size[k]) / whole if whole else 0.0
-                parts = (cost[0] // len(size), cost[1] // len(size))
-                silent = float(sums["greatest"][k]) == 0.0
-                what = f"channel {k}" + (", always zero" if silent else "")
-                rows.append(Finding(what, self._place(mlp.node), share, *parts, min(1.0, share)))
+                rows.append(Finding(f"channel {k}", self._place(mlp.node), share, *each, min(1.0, share)))
         return Table(
             "hidden channels", "root mean square, relative to that of all channels of the MLP", _sorted(rows)[:50]
         )
@@ -259,6 +275,17 @@ class _Reader:
                 ratio = float(sums["greatest"].max()) / whole if whole else 0.0
                 rows.append(Finding(name, self._place(attention.node), ratio, 0, 0, 1.0 - 1.0 / max(1.0, ratio)))
         return Table("cache outliers", "greatest |x| of a channel over the root mean square of all", _sorted(rows))
+
+    def unseen(self, evidence: Evidence) -> Table:
+        """What nothing is said of."""
+        rows = [Finding(reason, self._place(node), 0.0, 0, 0, 0.0) for node, reason in evidence.unseen]
+        return Table("not looked at", "sites of which something is not asked, and why", tuple(rows))
+
+
+def _numbered(what: str, numbers: Sequence[int]) -> str:
+    shown = ", ".join(map(str, numbers[:_NAMED]))
+    more = f" and {len(numbers) - _NAMED} more" if len(numbers) > _NAMED else ""
+    return f"{what}{'s' if len(numbers) > 1 else ''} {shown}{more}"
 
 
 def _sorted(rows: Iterable[Finding]) -> tuple[Finding, ...]:

@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 from architectures import llama, vit
 from laconic.cli.main import run
 from laconic.data.load import load_data
+from laconic.data.named import NamedData, listed
 from laconic.data.text import TextData, read_texts, windows
 from laconic.ir.capture import capture_module
-from laconic.ir.data import flat_inputs
+from laconic.ir.data import flat_inputs, refuse_overlap
 from laconic.ir.errors import LaconicError, UsageError
 from laconic.ir.metrics.quality import IGNORED
 from laconic.ir.program import Program
@@ -99,7 +100,7 @@ def test_text_in_batches(program: Program, tmp_path: Path) -> None:
 
 
 def test_another_models_tokenizer_is_told(program: Program, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"not this model's: it says .* knows 100 tokens"):
+    with pytest.raises(UsageError, match=r"not this model's: it says .* knows 100"):
         load_data(str(written(tmp_path / "a.jsonl")), program, folder=tokenizer.FOLDER, split="test")
 
 
@@ -132,6 +133,54 @@ def test_text_that_is_none(program: Program, tmp_path: Path, name: str, text: st
     with pytest.raises(LaconicError) as caught:
         load_data(str(tmp_path / name), program, folder=tokenizer.FOLDER, split="test")
     assert said in str(caught.value)
+
+
+def test_text_as_people_keep_it(tmp_path: Path) -> None:
+    """What JSON strings may hold, and rules of dashes anywhere."""
+    odd = "a\u2028b\u0085c"
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": odd}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert [text.text for text in read_texts(tmp_path / "a.jsonl")] == [odd]
+    (tmp_path / "a.txt").write_text("---\none\n---\ntwo ---\n---", encoding="utf-8")
+    assert [text.text.strip() for text in read_texts(tmp_path / "a.txt")] == ["one", "two ---"]
+    (tmp_path / "b.txt").write_bytes("äöü".encode("latin-1"))
+    with pytest.raises(UsageError, match="is no UTF-8"):
+        read_texts(tmp_path / "b.txt")
+    (tmp_path / "b.jsonl").write_text('{"text": "\\ud800"}\n')
+    with pytest.raises(UsageError, match="must be an object"):
+        read_texts(tmp_path / "b.jsonl")
+
+
+def test_a_smaller_tokenizer_is_not_the_models(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, inputs, axes = llama(2)
+    model.resize_token_embeddings(2 * tokenizer.VOCABULARY)
+    wide = capture_module(model.eval(), (), inputs, axes)
+    with pytest.raises(UsageError, match="it has 2048 tokens, and the model knows 4096"):
+        load_data(str(written(tmp_path / "a.jsonl")), wide, folder=tokenizer.FOLDER, split="test")
+
+
+def test_samples_are_known_again_however_they_come(program: Program, tmp_path: Path) -> None:
+    ids, ones = torch.randint(0, 100, (5, 6)), torch.ones(5, 6, dtype=torch.long)
+    save_file({"input_ids": ids, "attention_mask": ones}, tmp_path / "a.safetensors")
+    one = load_data(tmp_path / "a.safetensors", program, split="test")
+    parts = [{"input_ids": ids[part], "attention_mask": ones[part]} for part in (slice(0, 2), slice(2, 5))]
+    other = listed("parts", parts)
+    assert one.samples == other.samples == listed("whole", [{"input_ids": ids, "attention_mask": ones}]).samples
+    assert len(one.samples) == 5
+    with pytest.raises(UsageError, match="overlaps the calibration set"):
+        refuse_overlap(one, other)
+    masked = [part | {"mask": torch.arange(6).expand(len(part["input_ids"]), -1) < 3} for part in parts]
+    assert listed("parts", masked).digest != other.digest
+    halves = {"input_ids": ids.reshape(10, 3), "attention_mask": ones.reshape(10, 3)}
+    assert NamedData("a", halves, inputs=list(halves)).digest != NamedData("a", parts[0], inputs=list(halves)).digest
+
+
+def test_an_input_may_be_called_mask() -> None:
+    (batch,) = listed("a", [{"x": torch.zeros(2, 3), "mask": torch.ones(2, 3)}], ["x", "mask"])
+    assert batch.inputs.keys() == {"x", "mask"}
+    assert batch.mask is None
+    with pytest.raises(UsageError, match="returned a dict"):
+        listed("a", {"x": torch.zeros(2, 3)})
 
 
 def test_text_needs_a_tokenizer(program: Program, tmp_path: Path) -> None:
@@ -217,9 +266,25 @@ def test_a_folder_of_images(tmp_path: Path) -> None:
     assert batch.labels is not None
     assert batch.labels.tolist() == [0, 0, 1]
     flat_inputs(program, data.batch(0), data.place(0))
+    _as_the_processor_has_them(tmp_path, program, size)
     (tmp_path / "cats" / "d.png").write_bytes(b"no image")
     with pytest.raises(UsageError, match="no image that can be read"):
         load_data(str(tmp_path), program, split="test")
+
+
+def _as_the_processor_has_them(path: Path, program: Program, size: int) -> None:
+    from PIL import Image
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    for changed in ({}, {"resample": 3, "image_mean": [0.1, 0.2, 0.3]}, {"do_normalize": False}, {"do_rescale": False}):
+        processor = ViTImageProcessorPil(size={"height": size, "width": size}, **changed)
+        processor.save_pretrained(path)
+        found = load_data(str(path), program, folder=path, split="test").batch(0).inputs["pixel_values"]
+        images = [Image.open(file) for file in sorted(path.rglob("*.png"))]
+        assert torch.equal(found, processor(images=images, return_tensors="pt")["pixel_values"].float())
+    (path / "preprocessor_config.json").write_text('{"image_processor_type": "ViTImageProcessor", "image_mean": "x"}')
+    with pytest.raises(UsageError, match="as the model's settings say"):
+        load_data(str(path), program, folder=path, split="test")
 
 
 def test_eval_on_data(saved: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -283,7 +348,9 @@ def test_optimize_refuses_what_it_decides_on(saved: Path, tmp_path: Path, capfd:
     assert run(["optimize", str(saved), "--data", path, "--calibration", path, "--dry-run", "-q"]) == 2
     assert "overlaps the calibration set" in capfd.readouterr().err
     assert run(["optimize", str(saved), "--max-drop", "0.1", "--dry-run", "-q"]) == 2
-    assert "--max-drop is measured on data" in capfd.readouterr().err
+    assert "--max-drop says nothing without data" in capfd.readouterr().err
+    assert run(["optimize", str(saved), "--calibration", path, "--dry-run", "-q"]) == 2
+    assert "--calibration says nothing without data" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -294,6 +361,7 @@ def test_optimize_refuses_what_it_decides_on(saved: Path, tmp_path: Path, capfd:
         (["--data", "zoo:llama-mha:tests"], "no split 'tests'"),
         (["--data", "zoo:llama:test"], "no data zoo:llama"),
         (["--data", "zoo:vit:test"], "does not take"),
+        (["--calibration", "a.jsonl"], "says nothing without data"),
     ],
 )
 def test_slips(saved: Path, capfd: pytest.CaptureFixture[str], more: list[str], said: str) -> None:

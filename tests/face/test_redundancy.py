@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import laconic
-from architectures import llama, qwen3_moe
+from architectures import bert, gpt2, llama, qwen3_moe
 from laconic.auditing import audit_program
 from laconic.cli.main import run
 from laconic.ir.capture import capture_module
@@ -85,8 +85,10 @@ def test_a_duplicated_expert_and_one_that_is_never_chosen() -> None:
         experts = model.model.layers[1].mlp.experts
         experts.gate_up_proj[5] = experts.gate_up_proj[2]
         experts.down_proj[5] = experts.down_proj[2]
-        model.model.layers[2].mlp.gate.weight[3] = 0
-        model.model.layers[2].mlp.gate.weight.mul_(100)
+        router = model.model.layers[2].mlp.gate.weight
+        for a, b in ((0, 1), (2, 4), (5, 6)):
+            router[b] = -router[a]  # of each pair one is above zero
+        router[3] = 0
 
     found = tables(qwen3_moe, plant)
     alike = found["alike experts"].findings
@@ -95,9 +97,12 @@ def test_a_duplicated_expert_and_one_that_is_never_chosen() -> None:
     assert alike[1].score > 0.5
     loads = [table for name, table in found.items() if name.startswith("experts of site")]
     assert len(loads) == 3
-    assert loads[2].findings[0].score <= loads[2].findings[1].score
+    assert (loads[2].findings[0].what, loads[2].findings[0].score) == ("expert 3", 0.0)
+    assert loads[2].findings[1].score > 0
     for table in loads:
         assert sum(f.score for f in table.findings) == pytest.approx(len(table.findings))
+        assert all(row[k] == 1.0 for k, row in enumerate(table.matrix) if sum(row))
+        assert all(sum(row) == pytest.approx(2.0) for row in table.matrix if sum(row)), "each with one other"
 
 
 def test_a_dead_channel(planted: dict[str, Table]) -> None:
@@ -106,6 +111,42 @@ def test_a_dead_channel(planted: dict[str, Table]) -> None:
     assert found[0].score == 0.0
     assert "layers.4" in found[0].where
     assert found[1].score > 0
+
+
+def test_a_branch_without_effect_in_front_of_a_norm() -> None:
+    """The norm behind a branch is none of what the branch does."""
+
+    def plant(model: Any) -> None:
+        for layer in model.encoder.layer:
+            layer.attention.output.LayerNorm.weight.mul_(3.0)
+        dense = model.encoder.layer[1].attention.output.dense
+        dense.weight.zero_()
+        dense.bias.zero_()
+
+    found = tables(lambda: bert(3), plant)["branches"].findings
+    assert (found[0].what, found[0].score) == ("attention", 0.0)
+    assert "layer.1.attention" in found[0].where
+    assert found[1].score > 1e-3
+
+
+def test_what_a_cache_holds_where_one_matrix_makes_all() -> None:
+    def plant(model: Any) -> None:
+        packed = model.transformer.h[1].attn.c_attn  # queries, keys and values of 32
+        packed.weight[:, 64 + 5] *= 40
+
+    found = tables(lambda: gpt2(2), plant)["cache outliers"].findings
+    assert (found[-1].what, found[-1].score > 2 * found[-2].score) == ("values", True)
+    assert "h.1" in found[-1].where
+
+
+def test_many_dead_channels_are_one_finding() -> None:
+    def plant(model: Any) -> None:
+        model.model.layers[0].mlp.up_proj.weight[:20] = 0
+
+    (found, *others) = tables(lambda: llama(2), plant)["hidden channels"].findings
+    assert found.what == "channels 0, 1, 2, 3, 4, 5, 6, 7 and 12 more, always zero"
+    assert found.weight_bytes == 20 * 3 * 32 * 4
+    assert all("always zero" not in other.what for other in others)
 
 
 def test_an_outlier_channel_stands_last(planted: dict[str, Table]) -> None:
@@ -177,7 +218,7 @@ def test_the_command_line(callable_model: str, tmp_path: Path, capfd: pytest.Cap
     assert run([*line]) == 2  # the page is there
     assert run([*line, "--force"]) == 0
     said = capfd.readouterr().out
-    assert "branches (size of what a branch changes" in said
+    assert "branches (size of what a branch adds" in said
     found = laconic.audit(callable_model, calibration="planted:data")
     assert found.to_json()["redundancy"] == document["redundancy"]
 

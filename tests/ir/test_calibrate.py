@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from architectures import llama, qwen3_moe
+from architectures import bert, llama, qwen3_moe, t5
+from laconic.data.named import NamedData
 from laconic.ir import calibrate as module
 from laconic.ir.calibrate import calibrate
 from laconic.ir.capture import capture_module
@@ -20,13 +20,13 @@ from laconic.ir.data import Batch, Data
 from laconic.ir.errors import ModelError, UsageError
 from laconic.ir.evidence import boundaries, evidence_of
 from laconic.ir.interpret import Interpreter, Tap
-from laconic.ir.metrics.quality import Nats
+from laconic.ir.metrics.quality import Accuracy, Nats
 from laconic.ir.program import Program
-from laconic.ir.quality import named_results
 from laconic.ir.statistics.attention import Attended
 from laconic.ir.statistics.base import Statistic, Sums
 from laconic.ir.statistics.likeness import Similarity, TokenLikeness
 from laconic.ir.statistics.moments import Covariance, GradientCovariance, Moments
+from laconic.ir.statistics.rows import Rows
 from laconic.ir.structure import entry_structure
 from sequences import Ragged
 
@@ -156,17 +156,13 @@ def test_routing_is_that_of_the_routers() -> None:
         assert torch.equal(found[statistic]["pairs"].diagonal().long(), wanted)
 
 
-def loss(program: Program) -> Callable[[list[Any], Batch], torch.Tensor]:
-    return lambda results, batch: Nats().loss(named_results(program.forward, results), batch)
-
-
 def test_gradients_are_those_of_the_module(subject: tuple[Any, Program]) -> None:
     model, program = subject
     data = Ragged(lengths=(9, 8, 7, 9, 4), rows=5)
     weight = "model.layers.1.mlp.down_proj"
     (linear,) = program.forward.weight_nodes()[f"{weight}.weight"].users
     statistic = GradientCovariance(linear.name)
-    found = calibrate(program, data, [statistic], loss=loss(program))
+    found = calibrate(program, data, [statistic], loss=Nats())
     batch = data.batch(0)
     seen: list[torch.Tensor] = []
 
@@ -250,12 +246,103 @@ def test_what_is_kept_is_of_this_model_and_this_data(subject: tuple[Any, Program
     name = "model.layers.0.mlp.down_proj.weight"
     other.weights[name] = replace(other.weights[name], value=other.weights[name].value + 1)
     keys = {
-        module.digest(program, Ragged(), wanted),
-        module.digest(other, Ragged(), wanted),
-        module.digest(program, Ragged(lengths=(4,)), wanted),
-        module.digest(program, Ragged(), [*wanted, *wanted]),
+        module.digest(program, Ragged(), None),
+        module.digest(other, Ragged(), None),
+        module.digest(program, Ragged(lengths=(4,)), None),
+        module.digest(program, Ragged(), Nats()),
+        module.digest(program, Ragged(), Accuracy()),
     }
-    assert len(keys) == 4
+    assert len(keys) == 5
+    found = calibrate(program, Ragged(), wanted, folder=tmp_path)
+    (kept,) = tmp_path.rglob("*.safetensors")
+    kept.write_bytes(b"damaged")
+    again = calibrate(program, Ragged(), wanted, folder=tmp_path)
+    assert same(again[wanted[0]], found[wanted[0]])
+
+
+def test_a_run_goes_on_with_more_memory(subject: tuple[Any, Program], tmp_path: Path) -> None:
+    _, program = subject
+    nodes = [reads(program, f"model.layers.{k}.mlp.down_proj.weight") for k in range(3)]
+    wanted, data = [Moments(node) for node in nodes], Ragged(lengths=(9,) * 10, rows=2)
+
+    def stop(now: int, total: int) -> None:
+        if now == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(program, data, wanted, folder=tmp_path, memory=1, progress=stop)
+    for memory in (1 << 30, 1, 1 << 30):
+        found = calibrate(program, data, wanted, folder=tmp_path, memory=memory)
+        assert [int(found[statistic]["rows"]) for statistic in wanted] == [90, 90, 90]
+
+
+def test_an_encoder_and_a_decoder_have_masks_of_their_own() -> None:
+    torch.manual_seed(0)
+    model, inputs, axes = t5(2, 2)
+    program = capture_module(model.eval(), (), inputs, axes)
+    ids, said = torch.randint(0, 100, (3, 6)), torch.randint(0, 100, (3, 4))
+    mask = torch.arange(6) < torch.tensor([[6], [2], [5]])
+    data = NamedData(
+        "t",
+        {"input_ids": ids, "attention_mask": mask.long(), "decoder_input_ids": said},
+        inputs=[declared.name for declared in program.forward.inputs],
+        batch=2,
+    )
+    nodes = [
+        reads(program, f"{part}.block.1.layer.{k}.DenseReluDense.wo.weight")
+        for part, k in (("encoder", 1), ("decoder", 2))
+    ]
+    found = calibrate(program, data, [Moments(node) for node in nodes])
+    assert [int(found[Moments(node)]["rows"]) for node in nodes] == [13, 12]
+
+
+def test_one_row_a_sample_has_no_padding() -> None:
+    torch.manual_seed(0)
+    model, inputs, axes = bert(2)
+    program = capture_module(model.eval(), (), inputs, axes)
+    pooled = program.forward.weight_nodes()["pooler.dense.weight"]
+    (node,) = pooled.users
+    found = calibrate(program, Ragged(), [Moments(node.name), Moments(str(node.args[0]))])
+    assert int(found[Moments(node.name)]["rows"]) == 4
+
+
+def test_keys_as_the_attention_reads_them(subject: tuple[Any, Program]) -> None:
+    model, program = subject
+    evidence = evidence_of(program, entry_structure(program, program.forward))
+    data = Ragged(lengths=(5, 3), rows=2)
+    found = calibrate(program, data, [statistic for _, statistic in evidence.keys])
+    batch = data.batch(0)
+    keys = model(**batch.inputs, use_cache=True).past_key_values.layers[1].keys.detach()
+    assert batch.mask is not None
+    rows = keys.transpose(1, 2)[batch.mask].flatten(1)  # (rows, heads * width), heads not repeated
+    sums = found[evidence.keys[1][1]]
+    assert int(sums["rows"]) == 8
+    close(sums["greatest"].max(), rows.abs().max())
+    close(sums["squares"].mean(), rows.double().square().sum(0).mean())
+
+
+def test_likeness_near_and_far(subject: tuple[Any, Program]) -> None:
+    """Equal values have an angle of nothing, and small differences are told from none."""
+    x = torch.randn(50, 16) * 1000
+    y = x + 1e-3 * torch.randn(50, 16)
+    sums = Similarity(("a", "b", "c")).sums([x[None], x[None].clone(), y[None]], Rows())
+    assert float(sums["angle"][0, 1]) == 0.0 == float(sums["apart"][0, 1])
+    assert float(sums["apart"][0, 2]) == pytest.approx(float((x.double() - y.double()).square().sum()), rel=1e-9)
+    image = torch.randn(2, 3, 4, 5)
+    cosine = Similarity(("a", "b"), channels=1).sums([image, image * 2 + 1], Rows())["cosine"][0, 1]
+    assert float(cosine) == pytest.approx(
+        float(F.cosine_similarity(image.double(), image.double() * 2 + 1, dim=1).sum())
+    )
+
+
+def test_the_first_key_is_the_first_that_is_no_padding() -> None:
+    weights = torch.rand(1, 2, 4, 4).softmax(-1)
+    mask = torch.tensor([[False, True, True, True]])
+    sums = Attended(weights="w").sums([weights], Rows(mask))
+    torch.testing.assert_close(sums["first"], weights[0, :, 1:, 1].double().sum(1))
+    sink = torch.cat([weights, torch.rand(1, 2, 4, 1)], -1)
+    with_sink = Attended(weights="w", sink=True).sums([sink], Rows())
+    torch.testing.assert_close(with_sink["own"], weights[0].diagonal(dim1=1, dim2=2).double().sum(1))
 
 
 def test_too_little_data_is_refused(subject: tuple[Any, Program]) -> None:
@@ -278,6 +365,45 @@ def test_values_that_are_not_finite_name_the_place(subject: tuple[Any, Program])
     with pytest.raises(ModelError, match="not finite") as caught:
         calibrate(broken, Ragged(), wanted)
     assert "o_proj" in caught.value.where
+
+
+def test_sums_that_overflow_are_none_of_the_models(subject: tuple[Any, Program]) -> None:
+    _, program = subject
+    broken = program.clone()
+    name = "model.layers.1.mlp.up_proj.weight"
+    broken.weights[name] = replace(broken.weights[name], value=broken.weights[name].value * 1e25)
+    node = reads(program, "model.layers.1.mlp.down_proj.weight")
+    with pytest.raises(ModelError, match="Covariance of ragged, batch 0 is not finite") as caught:
+        calibrate(broken, Ragged(), [Covariance(node)])
+    assert "overflow" in caught.value.why
+    broken.weights[name] = replace(broken.weights[name], value=broken.weights[name].value * 1e25)
+    with pytest.raises(ModelError, match="not finite") as caught:
+        calibrate(broken, Ragged(), [Covariance(node)])
+    assert "layers_1_mlp_up_proj" in caught.value.where, "the weight itself"
+
+
+def test_ids_beyond_the_table_are_told(subject: tuple[Any, Program]) -> None:
+    _, program = subject
+
+    class Beyond(Ragged):
+        def batch(self, k: int) -> Batch:
+            found = super().batch(k)
+            return replace(found, inputs=found.inputs | {"input_ids": found.inputs["input_ids"] + 100})
+
+    with pytest.raises(UsageError, match="does not take these values") as caught:
+        calibrate(program, Beyond(), [Moments(reads(program, "model.layers.0.mlp.down_proj.weight"))])
+    assert caught.value.where == "ragged, batch 0"
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 8, 1), (1, 8)])
+def test_masks_of_other_shapes_are_told(subject: tuple[Any, Program], shape: tuple[int, ...]) -> None:
+    class Odd(Ragged):
+        def batch(self, k: int) -> Batch:
+            return replace(super().batch(k), mask=torch.ones(shape, dtype=torch.bool))
+
+    wanted = [Moments(reads(subject[1], "model.layers.0.mlp.down_proj.weight"))]
+    with pytest.raises(UsageError, match="the mask must be of 2 samples"):
+        calibrate(subject[1], Odd(), wanted)
 
 
 def test_data_that_does_not_fit_is_refused(subject: tuple[Any, Program]) -> None:

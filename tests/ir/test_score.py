@@ -14,6 +14,7 @@ from laconic.ir.data import Data
 from laconic.ir.errors import UsageError
 from laconic.ir.evidence import boundaries
 from laconic.ir.interpret import Interpreter
+from laconic.ir.metrics.costs import Latency
 from laconic.ir.metrics.quality import Divergence, Nats
 from laconic.ir.program import Program
 from laconic.ir.quality import named_results
@@ -90,6 +91,25 @@ def test_an_unknown_gate_is_told(subject: tuple[Any, Program]) -> None:
     _, program = subject
     with pytest.raises(UsageError, match=r"no gate 'branch 99'"):
         Scorer(program, gates(program), Ragged(), Nats())({"branch 99": 0.0})
+
+
+def test_gates_at_one_place_act_together(subject: tuple[Any, Program]) -> None:
+    _, program = subject
+    node = gates(program)[3].node
+    score = Scorer(program, [Gate("a", node), Gate("b", node), *gates(program)[:1]], Ragged(), Nats())
+    assert score({"a": 0.0}) == score({"b": 0.0}) != score({})
+    assert score({"a": 0.5, "b": 0.5}) == score({"a": 0.25})
+
+
+def test_gates_that_are_none(subject: tuple[Any, Program]) -> None:
+    _, program = subject
+    node = gates(program)[0].node
+    with pytest.raises(UsageError, match="two gates are named 'a'"):
+        Scorer(program, [Gate("a", node), Gate("a", node)], Ragged(), Nats())
+    with pytest.raises(UsageError, match="no node 'nowhere' for the gate 'a'"):
+        Scorer(program, [Gate("a", "nowhere")], Ragged(), Nats())
+    with pytest.raises(UsageError, match="latency runs the model itself"):
+        Scorer(program, [Gate("a", node)], Ragged(), Latency())
 
 
 @pytest.mark.slow

@@ -15,12 +15,13 @@ from laconic.ir.program import Program
 FORMS = "zoo:NAME[:SPLIT], a .jsonl or .txt, a .safetensors or .npz, a folder of images, or package.module:callable"
 
 
-def load_data(said: str, program: Program, *, folder: Path | None = None, split: str, batch: int = 8) -> Data:
+def load_data(said: str | Path, program: Program, *, folder: Path | None = None, split: str, batch: int = 8) -> Data:
     """What DATA names, for a program. `folder` holds the model's tokenizer.json and preprocessor_config.json; `split`
     is the one of zoo:NAME where none is named.
 
     Raises UsageError for an unknown form or name, and for data that the program does not take.
     """
+    said = str(said)
     if said.startswith("zoo:"):
         from laconic.models.datasets import zoo_data
 
@@ -39,5 +40,5 @@ def load_data(said: str, program: Program, *, folder: Path | None = None, split:
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", said):
         from laconic.sources import call_named
 
-        return listed(said, call_named(said))
+        return listed(said, call_named(said), inputs)
     raise UsageError(f"there is no data {said!r}", hint=f"DATA is one of: {FORMS}")

@@ -41,15 +41,8 @@ class NamedData(Data):
         self._inputs = {key: value for key, value in tensors.items() if key not in apart}
         self._mask = tensors.get(MASK) if MASK in apart else None
         self._labels = tensors.get(LABELS) if LABELS in apart else None
-        keys = {key: content_key(value) for key, value in sorted(tensors.items())}
-        self.digest = hashlib.sha256(repr((batch, keys)).encode()).hexdigest()
-        self.samples = frozenset(self._sample(k) for k in range(self._count))
-
-    def _sample(self, k: int) -> str:
-        said = hashlib.sha256()
-        for key, value in sorted(self._inputs.items()):
-            said.update(key.encode() + content_key(value[k]))
-        return said.hexdigest()
+        self.digest = _hash({"batch": torch.tensor(batch), **tensors})
+        self.samples = frozenset(sample(self._inputs, k) for k in range(self._count))
 
     def __len__(self) -> int:
         return -(-self._count // self._batch)
@@ -70,15 +63,30 @@ class ListedData(Data):
 
     def __init__(self, name: str, batches: Sequence[Batch]) -> None:
         self.name, self._batches = name, list(batches)
-        keys = [sorted((key, content_key(value)) for key, value in batch.inputs.items()) for batch in self._batches]
-        self.digest = hashlib.sha256(repr(keys).encode()).hexdigest()
-        self.samples = frozenset(hashlib.sha256(repr(key).encode()).hexdigest() for key in keys)
+        parts = ("mask", "labels", "label_units")
+        said = [
+            _hash(b.inputs | {f" {k}": v for k in parts if (v := getattr(b, k)) is not None}) for b in self._batches
+        ]
+        self.digest = hashlib.sha256(repr(said).encode()).hexdigest()
+        self.samples = frozenset(sample(b.inputs, k) for b in self._batches for k in range(b.samples))
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def batch(self, k: int) -> Batch:
         return self._batches[k]
+
+
+def sample(inputs: Mapping[str, torch.Tensor], k: int) -> str:
+    """What tells a sample from others, wherever it stands in its set."""
+    return _hash({key: value[k] for key, value in inputs.items() if len(value) > k})
+
+
+def _hash(tensors: Mapping[str, torch.Tensor]) -> str:
+    found = hashlib.sha256()
+    for key, value in sorted(tensors.items()):
+        found.update(f"{key} {value.dtype} {tuple(value.shape)}".encode() + content_key(value))
+    return found.hexdigest()
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -96,23 +104,26 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise UsageError(f"{path} cannot be read", why=f"{type(problem).__name__}: {problem}") from problem
 
 
-def listed(name: str, made: Any) -> ListedData:
-    """What a user's function returned: batches, or dicts of inputs with, if need be, `mask` and `labels`.
+def listed(name: str, made: Any, inputs: Sequence[str] = ()) -> ListedData:
+    """What a user's function returned: batches, or dicts of inputs with, if need be, `mask` and `labels`, unless
+    `inputs` of the model are called so.
 
     Raises UsageError for anything else.
     """
-    if not isinstance(made, Iterable):
+    if not isinstance(made, Iterable) or isinstance(made, (Mapping, str)):
         raise UsageError(f"{name} returned a {type(made).__name__}", hint="return an iterable of dicts of tensors")
+    apart = {key for key in (MASK, LABELS) if key not in inputs}
     batches = []
     for row in made:
         if isinstance(row, Batch):
             batches.append(row)
         elif isinstance(row, Mapping) and all(isinstance(value, torch.Tensor) for value in row.values()):
-            inputs = {key: value for key, value in row.items() if key not in (MASK, LABELS)}
-            mask = row.get(MASK)
-            if mask is None and "attention_mask" in inputs:
-                mask = inputs["attention_mask"]
-            batches.append(Batch(inputs, None if mask is None else mask.bool(), row.get(LABELS)))
+            own = {key: value for key, value in row.items() if key not in apart}
+            mask = row.get(MASK) if MASK in apart else None
+            if mask is None and "attention_mask" in own and own["attention_mask"].ndim == 2:
+                mask = own["attention_mask"]
+            labels = row.get(LABELS) if LABELS in apart else None
+            batches.append(Batch(own, None if mask is None else mask.bool(), labels))
         else:
             raise UsageError(f"{name} gave a {type(row).__name__}", hint="give dicts of tensors by input name")
     return ListedData(name, batches)

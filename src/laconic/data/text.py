@@ -19,6 +19,8 @@ from laconic.ir.types import TensorType, type_of
 
 _WINDOW = 512  # tokens, where the model names no limit
 _ZEROS = ("token_type_ids",)
+#: Share of a model's vocabulary that its tokenizer has at least; the rest are rows to spare.
+_LEAST_KNOWN = 0.8
 
 
 @dataclass(frozen=True)
@@ -53,23 +55,25 @@ class TextData(Data):
         fixed_batch, length = self._shape
         self._batch = fixed_batch or batch
         limit = length or _longest(program, self._entry) or _WINDOW
-        encode, self._pad = _encoder(tokenizer)
+        encode, self._pad, size = _encoder(tokenizer)
         self._windows = [w for text in texts for w in windows(encode(text.text), limit, text.unit)]
         if not self._windows:
             raise UsageError(f"{name} holds no tokens", hint="give at least one document of two tokens")
-        self._refuse_unknown(tokenizer)
+        self._refuse_unknown(tokenizer, size)
         # Those of one length together: less padding. The order among them is that of the documents.
         self._windows.sort(key=lambda window: -len(window.ids))
         said = hashlib.sha256(repr((tokenizer.read_bytes(), limit, self._batch, texts)).encode())
         self.digest = said.hexdigest()
-        self.samples = frozenset(hashlib.sha256(text.text.encode()).hexdigest() for text in texts)
+        self.samples = frozenset(hashlib.sha256(text.text.strip().encode()).hexdigest() for text in texts)
 
-    def _refuse_unknown(self, tokenizer: Path) -> None:
-        greatest = max(max(window.ids) for window in self._windows)
+    def _refuse_unknown(self, tokenizer: Path, size: int) -> None:
+        """Raise UsageError for a tokenizer of other tokens than the model's: a table may have some rows to spare."""
+        greatest = max(self._pad, *(max(window.ids) for window in self._windows))
         known = _vocabulary(self._program, self._entry)
-        if known is not None and greatest >= known:
+        if known is not None and (greatest >= known or size < _LEAST_KNOWN * known):
+            says = f"it says {greatest}" if greatest >= known else f"it has {size} tokens"
             raise UsageError(
-                f"the tokenizer is not this model's: it says {greatest}, and the model knows {known} tokens",
+                f"the tokenizer is not this model's: {says}, and the model knows {known}",
                 where=str(tokenizer),
                 hint="name the model's own with --tokenizer",
             )
@@ -120,17 +124,22 @@ def windows(ids: Sequence[int], limit: int, unit: str) -> list[Window]:
 def read_texts(path: Path) -> list[Text]:
     """The documents of a .txt (one, or several between lines of `---`) or a .jsonl (an object a line with `text`; its
     `group` or `path`, if it has one, is the unit). Raises UsageError with the line that does not say so."""
-    said = path.read_text(encoding="utf-8")
+    try:
+        said = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as problem:
+        raise UsageError(f"{path} is no UTF-8", why=str(problem), hint="save it as UTF-8") from problem
     if path.suffix == ".txt":
-        return [Text(part, str(k)) for k, part in enumerate(said.split("\n---\n")) if part.strip()]
+        parts = "\n".join("\0" if line == "---" else line for line in said.split("\n")).split("\0")
+        return [Text(part, str(k)) for k, part in enumerate(parts) if part.strip()]
     found = []
-    for number, line in enumerate(said.splitlines(), start=1):
+    for number, line in enumerate(said.split("\n"), start=1):  # JSON strings may hold what splitlines takes for an end
         if not line.strip():
             continue
         try:
             row: Any = json.loads(line)
             text = row["text"]
-        except (json.JSONDecodeError, KeyError, TypeError) as problem:
+            str(text).encode()
+        except (json.JSONDecodeError, KeyError, TypeError, UnicodeEncodeError) as problem:
             raise UsageError(
                 'a line must be an object with a "text"', where=f"{path}:{number}", why=str(problem) or line[:60]
             ) from problem
@@ -173,8 +182,8 @@ def _vocabulary(program: Program, entry: Entry) -> int | None:
     return None
 
 
-def _encoder(path: Path) -> tuple[Any, int]:
-    """A function from text to ids, and the id of padding (0 where the tokenizer names none)."""
+def _encoder(path: Path) -> tuple[Any, int, int]:
+    """A function from text to ids, the id of padding (0 where the tokenizer names none), and how many tokens it has."""
     try:
         from tokenizers import Tokenizer
     except ModuleNotFoundError as problem:
@@ -191,4 +200,5 @@ def _encoder(path: Path) -> tuple[Any, int]:
     settings = path.with_name("tokenizer_config.json")
     pad = json.loads(settings.read_text(encoding="utf-8")).get("pad_token") if settings.is_file() else None
     pad = pad.get("content") if isinstance(pad, dict) else pad
-    return (lambda text: tokenizer.encode(text).ids), (tokenizer.token_to_id(pad) or 0) if pad else 0
+    padding = (tokenizer.token_to_id(pad) or 0) if pad else 0
+    return (lambda text: tokenizer.encode(text).ids), padding, tokenizer.get_vocab_size()
