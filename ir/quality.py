@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from laconic.ir.data import Batch, Data, flat_inputs
+from laconic.ir.data import Batch, Data, flat_inputs, running
 from laconic.ir.errors import UsageError
 from laconic.ir.interpret import Interpreter
 from laconic.ir.metrics.base import Metric, Parts, Results
@@ -18,6 +18,8 @@ from laconic.ir.program import Entry, Program, Role
 
 _DRAWS = 2000
 _LEVEL = 0.95
+#: How many counts of units are drawn at a time.
+_TOGETHER = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,10 @@ def measure(
                 if metric.name in found:
                     _collect(found[metric.name], _parts(metric, each, other, batch), batch, k)
         progress(k + 1, len(data))
+    for found in sums:
+        empty = [name for name, by_unit in found.items() if not by_unit]
+        if empty:
+            raise UsageError(f"{empty[0]} finds nothing to measure on {data.name}", hint="longer samples, or labels")
     return [{name: _units(by_unit) for name, by_unit in found.items()} for found in sums]
 
 
@@ -86,19 +92,20 @@ class _Measured:
 
     def __init__(self, program: Program) -> None:
         self._program, self._interpreter = program, Interpreter(program, [])
-        self._names = [declared.name for declared in program.forward.inputs]
         self._batch: Batch | None = None
+        self._place = ""
         self._results: Results | None = None
 
     def take(self, batch: Batch, place: str) -> None:
         """Go on to a batch. Raises UsageError if the program does not take it."""
         flat_inputs(self._program, batch, place)
-        self._batch, self._results = batch, None
+        self._batch, self._place, self._results = batch, place, None
 
     def run(self, inputs: dict[str, torch.Tensor]) -> Results:
         """The results of `forward` by name, for inputs by name."""
-        flat = [inputs[name] for name in self._names]
-        return named_results(self._interpreter.entry, self._interpreter(flat).results)
+        flat = flat_inputs(self._program, Batch(inputs), self._place)
+        with running(self._place):
+            return named_results(self._interpreter.entry, self._interpreter(flat).results)
 
     def results(self) -> Results:
         """Those of the batch."""
@@ -136,27 +143,27 @@ def _units(by_unit: Mapping[str, list[float]]) -> Units:
 
 def figure(metric: Metric, units: Units, *, seed: int = 0) -> Figure:
     """The metric over all units, and its interval."""
-    counts = _draws(len(units.names), seed)
-    drawn = _values(metric, counts @ units.sums, counts @ units.weights)
+    drawn = _drawn(np.stack([units.sums, units.weights], 1), seed)
     (value,) = _values(metric, units.sums.sum(keepdims=True), units.weights.sum(keepdims=True))
-    return Figure(float(value), *_interval(drawn))
+    return Figure(float(value), *_interval(_values(metric, drawn[:, 0], drawn[:, 1])))
 
 
 def difference(metric: Metric, ours: Units, theirs: Units, *, seed: int = 0) -> Figure:
     """Ours minus theirs, drawing the same units for both. Raises UsageError if they are not of the same units."""
     if ours.names != theirs.names:
         raise UsageError("two models were measured on different samples")
-    counts = _draws(len(ours.names), seed)
-    a = _values(metric, counts @ ours.sums, counts @ ours.weights)
-    b = _values(metric, counts @ theirs.sums, counts @ theirs.weights)
+    drawn = _drawn(np.stack([ours.sums, ours.weights, theirs.sums, theirs.weights], 1), seed)
+    a, b = (_values(metric, drawn[:, k], drawn[:, k + 1]) for k in (0, 2))
     whole = [_values(metric, u.sums.sum(keepdims=True), u.weights.sum(keepdims=True))[0] for u in (ours, theirs)]
     return Figure(float(whole[0] - whole[1]), *_interval(a - b))
 
 
-def _draws(units: int, seed: int) -> NDArray[np.float64]:
-    """How often each unit is drawn, (draws, units)."""
-    generator = np.random.default_rng(seed)
-    return generator.multinomial(units, np.full(units, 1 / units), size=_DRAWS).astype(np.float64)
+def _drawn(columns: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+    """Sums over as many units as there are (units, columns), drawn with replacement: (draws, columns)."""
+    generator, units = np.random.default_rng(seed), len(columns)
+    share, step = np.full(units, 1 / units), max(1, _TOGETHER // units)
+    sizes = [min(step, _DRAWS - start) for start in range(0, _DRAWS, step)]
+    return np.concatenate([generator.multinomial(units, share, size=size) @ columns for size in sizes])
 
 
 def _values(metric: Metric, sums: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:

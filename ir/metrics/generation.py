@@ -42,6 +42,13 @@ def _prompts(batch: Batch) -> torch.Tensor:
     ids = batch.inputs.get("input_ids")
     if ids is None:
         raise UsageError("generation goes on with text, and the model takes none")
+    others = batch.inputs.keys() - {"input_ids", "attention_mask"}
+    if others:
+        raise UsageError(
+            "generation goes on with ids and a mask alone", why=f"the model takes {', '.join(sorted(others))}"
+        )
+    if batch.mask is not None and not bool(batch.mask[:, 0].all()):
+        raise UsageError("generation goes on behind the first tokens, and some are padding", hint="pad at the right")
     lengths = batch.mask.sum(1) if batch.mask is not None else torch.full((len(ids),), ids.shape[1])
     return torch.nonzero(lengths >= PROMPT).flatten()
 
@@ -53,9 +60,9 @@ def greedy(run: Run, batch: Batch, chosen: torch.Tensor) -> torch.Tensor:
     ids[:, :PROMPT] = batch.inputs["input_ids"][:, :PROMPT]
     for length in range(PROMPT, PROMPT + NEW):
         inputs = {"input_ids": ids[:, :length]}
-        for name in batch.inputs.keys() - {"input_ids"}:
-            known = batch.inputs[name]
-            inputs[name] = torch.ones_like(inputs["input_ids"], dtype=known.dtype)
+        if "attention_mask" in batch.inputs:
+            dtype = batch.inputs["attention_mask"].dtype
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"], dtype=dtype)
         logits = logits_of(run(inputs), "generation")
         ids[:, length] = logits[:, length - 1].argmax(-1)
     return ids[chosen, PROMPT:]

@@ -40,7 +40,7 @@ class Perplexity(Nats):
     name = "ppl"
 
     def value(self, ratio: float) -> float:
-        return math.exp(ratio) if ratio < 700 else math.inf
+        return math.inf if ratio >= 700 else math.exp(ratio)
 
 
 class Accuracy(Metric):
@@ -64,8 +64,16 @@ class Divergence(Metric):
 
     def parts(self, results: Results, batch: Batch, reference: Results | None) -> Parts:
         assert reference is not None
-        ours, theirs = (logits_of(r, self.name).double().log_softmax(-1) for r in (results, reference))
-        each = (theirs.exp() * (theirs - ours)).nan_to_num(0.0).sum(-1)
+        ours, theirs = (logits_of(r, self.name).double() for r in (results, reference))
+        if ours.shape != theirs.shape:
+            raise UsageError(
+                f"{self.name} cannot compare logits of shapes {tuple(ours.shape)} and {tuple(theirs.shape)}"
+            )
+        if ours.ndim == 2 and batch.labels is not None and batch.labels.ndim == 2:
+            ours, theirs = (_side_by_side(logits, batch.labels, self.name) for logits in (ours, theirs))
+        ours, theirs = ours.log_softmax(-1), theirs.log_softmax(-1)
+        probability = theirs.exp()
+        each = (probability * (theirs - ours)).masked_fill(probability == 0, 0.0).sum(-1)
         return _over_positions(each, batch)
 
 
@@ -78,13 +86,30 @@ class Cosine(Metric):
 
     def parts(self, results: Results, batch: Batch, reference: Results | None) -> Parts:
         assert reference is not None
-        sums = [
-            F.cosine_similarity(value.double().flatten(1), reference[name].double().flatten(1), dim=1)
+        pairs = [
+            (value, reference.get(name))
             for name, value in results.items()
-            if value.is_floating_point() and len(value) == batch.samples
+            if value.is_floating_point() and value.ndim and len(value) == batch.samples
         ]
+        if not pairs or any(other is None or other.shape != value.shape for value, other in pairs):
+            said = [", ".join(f"{k} {tuple(v.shape)}" for k, v in r.items()) for r in (results, reference)]
+            raise UsageError("cosine compares results of the same names and shapes", why=" against ".join(said))
+        sums = [_cosine(_kept(value, batch), _kept(other, batch)) for value, other in pairs if other is not None]
         each = torch.stack(sums).mean(0)[:, None]
         return Parts(each, torch.ones_like(each))
+
+
+def _kept(value: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """A result by sample, (samples, numbers) float64, padding as zeros."""
+    if batch.mask is not None and value.shape[:2] == batch.mask.shape:
+        value = value.masked_fill(~batch.mask.reshape(*batch.mask.shape, *[1] * (value.ndim - 2)), 0.0)
+    return value.double().flatten(1)
+
+
+def _cosine(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    """Of each sample; 1 where both are zero."""
+    both = (ours == 0).all(1) & (theirs == 0).all(1)
+    return F.cosine_similarity(ours, theirs, dim=1, eps=1e-300).masked_fill(both, 1.0)
 
 
 def aligned(results: Results, batch: Batch, metric: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,14 +120,35 @@ def aligned(results: Results, batch: Batch, metric: str) -> tuple[torch.Tensor, 
     logits, labels = logits_of(results, metric), batch.labels
     if labels is None:
         labels = _next_tokens(batch, metric)
-    if logits.ndim == 2:  # one class a sample, or several side by side
-        logits = logits.reshape(len(logits), labels.shape[1] if labels.ndim == 2 else 1, -1)
-    labels = labels.reshape(len(labels), -1)
-    if logits.shape[:2] != labels.shape:
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise UsageError(f"{metric} needs labels that are whole numbers", why=f"they are {labels.dtype}")
+    if logits.ndim == 2:
+        logits = _side_by_side(logits, labels, metric)
+    labels = labels.reshape(len(labels), -1).long()
+    if logits.ndim != 3 or logits.shape[:2] != labels.shape:
         raise UsageError(
             f"{metric} cannot compare logits of shape {tuple(logits.shape)} with labels of shape {tuple(labels.shape)}"
         )
+    if batch.mask is not None and batch.mask.shape == labels.shape:
+        labels = labels.masked_fill(~batch.mask, IGNORED)
+    wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= logits.shape[-1]))]
+    if len(wrong):
+        raise UsageError(
+            f"{metric} has labels of 0 to {logits.shape[-1] - 1}, not {int(wrong[0])}",
+            hint=f"{IGNORED} marks what is not predicted",
+        )
     return logits, labels
+
+
+def _side_by_side(logits: torch.Tensor, labels: torch.Tensor, metric: str) -> torch.Tensor:
+    """Logits (samples, classes) of one prediction a sample, or of as many side by side as there are labels."""
+    several = labels.shape[1] if labels.ndim == 2 else 1
+    if logits.shape[1] % several:
+        raise UsageError(
+            f"{metric} cannot compare {logits.shape[1]} logits a sample with {several} labels",
+            hint="this model predicts no tokens: give `labels` beside the inputs" if labels.ndim == 2 else "",
+        )
+    return logits.reshape(len(logits), several, -1)
 
 
 def _next_tokens(batch: Batch, metric: str) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from laconic.ir.errors import UsageError
 from laconic.ir.metrics.base import Metric
 from laconic.ir.registry import Registry
 
@@ -23,6 +24,15 @@ METRICS = Registry(
 
 
 def load(name: str) -> Metric:
-    """A metric by name. Raises UsageError for an unknown name or a plugin that cannot be imported."""
-    found: Metric = METRICS.load(name)()
-    return found
+    """A metric by name. Raises UsageError for an unknown name or a plugin that is no metric of this name."""
+    kind = METRICS.load(name)
+    if not (isinstance(kind, type) and issubclass(kind, Metric)):
+        raise UsageError(f"the metric {name!r} is no class derived from laconic.ir.metrics.base.Metric")
+    if getattr(kind, "name", None) != name:
+        raise UsageError(
+            f"the metric {name!r} calls itself {getattr(kind, 'name', None)!r}", hint="give its class that name"
+        )
+    try:
+        return kind()
+    except TypeError as problem:
+        raise UsageError(f"the metric {name!r} cannot be made", why=str(problem)) from problem

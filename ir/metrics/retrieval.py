@@ -13,7 +13,8 @@ from laconic.ir.metrics.base import Metric, Parts, Results
 class Recall(Metric):
     """The share of samples whose nearest neighbour in their batch, by the cosine of their vectors, has the same label.
 
-    So figures are of the batches as they are: data for it keeps together what is to be told apart.
+    So figures are of the batches as they are: data for it keeps together what is to be told apart. A sample that is
+    alone in its batch does not count.
     """
 
     name = "recall@1"
@@ -25,8 +26,9 @@ class Recall(Metric):
             raise UsageError(f"{self.name} needs a label for each sample", hint="give `labels` beside the inputs")
         unit = F.normalize(vectors.double(), dim=1)
         near = (unit @ unit.T).fill_diagonal_(-torch.inf)
-        right = (labels[near.argmax(1)] == labels)[:, None].double()
-        return Parts(right, torch.ones_like(right))
+        right = (labels[near.argmax(1)] == labels).double()
+        right = right.masked_fill(torch.isnan(near).any(1), torch.nan)[:, None]
+        return Parts(right, torch.full_like(right, float(len(right) > 1)))
 
 
 def _vectors(results: Results) -> torch.Tensor:

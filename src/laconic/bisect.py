@@ -6,7 +6,6 @@ first of its actions, or two passes alone. Halving finds the culprit in about lo
 
 from __future__ import annotations
 
-import math
 import shlex
 import subprocess
 import tempfile
@@ -94,7 +93,12 @@ class Bisection:
         changed = [k for k, row in enumerate(whole.ledger.rows, start=1) if row.modified]
         if self._verdict(PassManager([]).run(self._program, self._inputs), "no pass") is not Verdict.GOOD:
             raise UsageError("the model is not good before any pass", hint="allow more, or test for something else")
-        if not changed or self._verdict(whole, "all passes") is not Verdict.BAD:
+        if not changed:
+            return self._found
+        verdict = self._verdict(whole, "all passes")
+        if verdict is Verdict.SKIP:
+            raise UsageError("whether the model is good with all passes cannot be told", hint="test for something else")
+        if verdict is Verdict.GOOD:
             return self._found
         k = changed[_first_bad(len(changed), lambda n: self._prefix(changed[n - 1])) - 1]
         self._found.culprit, self._found.position = self._passes[k - 1], k
@@ -160,23 +164,25 @@ def _first_bad(count: int, verdict: Callable[[int], Verdict]) -> int:
 
 
 def by_metric(judge: Judge, program: Program, most: float) -> Tester:
-    """Bad is what makes the judge's first metric worse than the program's by more than `most`."""
+    """Bad is what makes the judge's first metric worse than the program's by more than `most`, or not a number."""
     before = judge(program)
 
     def test(run: Run) -> tuple[Verdict, float | None]:
         after = judge(run.program)
         drop = judge.drop(before, after)
-        verdict = Verdict.SKIP if math.isnan(drop) else Verdict.BAD if drop > most else Verdict.GOOD
-        return verdict, after[judge.metrics[0].name]
+        return Verdict.GOOD if drop <= most else Verdict.BAD, after[judge.metrics[0].name]
 
     return test
 
 
 def by_command(command: str, seed: int) -> Tester:
     """Bad is what the command says of the candidate's DIR, which stands in it as `{}` or comes last: as for `git bisect
-    run`, it exits with 0 for good, 125 for what cannot be told, up to 127 for bad. Raises UsageError for other codes,
-    and for a command that cannot be started."""
-    words = shlex.split(command)
+    run`, it exits with 0 for good, 125 for what cannot be told, up to 127 for bad. What it prints goes to stderr.
+    Raises UsageError for other codes, and for a command that cannot be started."""
+    try:
+        words = shlex.split(command)
+    except ValueError as problem:
+        raise UsageError(f"--check {command!r} cannot be read", why=str(problem)) from problem
     if not words:
         raise UsageError("--check names no command", hint="give a command that exits with 0 if the model is good")
     words = words if any("{}" in word for word in words) else [*words, "{}"]
@@ -185,7 +191,8 @@ def by_command(command: str, seed: int) -> Tester:
         with tempfile.TemporaryDirectory() as folder:
             path = save(run.program, run.ledger, run.plans, Path(folder) / "candidate", seed=seed)
             try:
-                code = subprocess.run([word.replace("{}", str(path)) for word in words], check=False).returncode
+                given = [word.replace("{}", str(path)) for word in words]
+                code = subprocess.run(given, stdout=2, check=False).returncode
             except OSError as problem:
                 raise UsageError(f"{words[0]!r} cannot be started", why=str(problem)) from problem
         if not 0 <= code <= 127:

@@ -33,8 +33,7 @@ def figures(
     Raises UsageError for a metric that compares where there is nothing to compare with, and for data that a model does
     not take.
     """
-    if data.name.endswith(":test"):
-        log.warning("%s is a test split: tune on the selection split", data.name)
+    _log_use(data)
     programs = [program] if against is None else [program, against]
     ours, *others = measure(programs, data, metrics, reference=against, progress=progress)
     theirs = others[0] if others else {}
@@ -48,6 +47,11 @@ def figures(
             row["difference"] = asdict(difference(metric, found, theirs[metric.name], seed=seed))
         rows.append(row)
     return rows
+
+
+def _log_use(data: Data) -> None:
+    if data.name.endswith(":test"):
+        log.warning("%s is a test split: tune on the selection split", data.name)
 
 
 class Judge:
@@ -68,6 +72,7 @@ class Judge:
     ) -> None:
         if calibration is not None:
             refuse_overlap(data, calibration)
+        _log_use(data)
         self.metrics, self._original, self._data, self._progress = metrics, original, data, progress
 
     def __call__(self, program: Program) -> dict[str, float]:

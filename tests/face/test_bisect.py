@@ -37,6 +37,7 @@ class Scale(Pass):
     contract: ClassVar[Contract] = Contract.LOSSY
     tag: str = ""
     harm: int = -1
+    by: float = 1 + 1e-6
 
     def plan(self, program: Program, statistics: Any = None, score: Any = None) -> Plan:
         rows = [row for row in program.weights if row.endswith("weight") and "norm" not in row]
@@ -45,7 +46,7 @@ class Scale(Pass):
     def rewrite(self, program: Program, plan: Plan) -> None:
         for action in plan.actions:
             row = program.weights[action["weight"]]
-            factor = -1.0 if action["site"] == self.harm else 1 + 1e-6
+            factor = -1.0 if action["site"] == self.harm else self.by
             program.weights[action["weight"]] = replace(row, value=row.value.detach() * factor)
 
 
@@ -76,6 +77,12 @@ def test_the_pass_and_its_action_are_found(program: Program, test_by_kl: Tester,
     assert found.partner is None
     assert len(found.trials) <= 2 + math.ceil(math.log2(5)) + math.ceil(math.log2(11)) + 1
     assert all(trial.measured is not None for trial in found.trials)
+
+
+def test_what_is_not_a_number_is_bad(program: Program, test_by_kl: Tester) -> None:
+    passes = [Scale(tag="a"), Scale(tag="b", by=math.nan), Scale(tag="c")]
+    found = search(program, passes, test_by_kl)
+    assert found.culprit == passes[1]
 
 
 def test_nothing_is_found_where_all_is_good(program: Program, test_by_kl: Tester) -> None:
@@ -120,6 +127,7 @@ def test_halving_finds_the_first_bad_one_around_what_cannot_be_judged(count: int
 
 CHECK = """
 import sys, laconic
+print("what a command prints is none of the document")
 program = laconic.load(sys.argv[1]).program
 sys.exit({exit})
 """
@@ -147,6 +155,8 @@ def test_by_a_command(command: Callable[[str], str], capfd: pytest.CaptureFixtur
     assert json.loads(capfd.readouterr().out)["culprit"] is None
     assert run([*before, "--check", command("125")]) == 2
     assert "not good before any pass" in capfd.readouterr().err
+    assert run([*before, "--check", command("125 if len(program.weights) < 6 else 0")]) == 2
+    assert "cannot be told" in capfd.readouterr().err
     assert run([*before, "--check", "no_such_command {}"]) == 2
     assert "cannot be started" in capfd.readouterr().err
 
@@ -168,8 +178,11 @@ def test_by_a_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pyt
     [
         ([], "--data, or by --check"),
         (["--data", "x.npz", "--check", "true"], "--data, or by --check"),
-        (["--check", "true", "--metric", "kl"], "measured on data"),
+        (["--check", "true", "--metric", "kl"], "says nothing without data"),
         (["--check", ""], "names no command"),
+        (["--check", "'"], "cannot be read"),
+        (["--check", "true", "--max-drop", "0"], "says nothing without data"),
+        (["--data", "x.npz", "--max-drop", "nan"], "not a number"),
         (["--check", "true", "-p", "cze"], "cse"),
     ],
 )

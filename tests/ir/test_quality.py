@@ -18,8 +18,10 @@ from laconic.ir.data import Batch, refuse_overlap
 from laconic.ir.errors import UsageError
 from laconic.ir.metrics.base import Metric, Parts, Results
 from laconic.ir.metrics.costs import Latency, Memory
+from laconic.ir.metrics.generation import Agreement
 from laconic.ir.metrics.quality import Accuracy, Cosine, Divergence, Nats, Perplexity
 from laconic.ir.metrics.registry import METRICS, load
+from laconic.ir.metrics.retrieval import Recall
 from laconic.ir.program import Program
 from laconic.ir.quality import Units, difference, figure, measure
 from sequences import Ragged
@@ -137,6 +139,90 @@ def test_labels_of_one_class_or_several() -> None:
         Accuracy().parts({"logits": logits}, Batch({"x": logits}), None)
 
 
+def test_what_is_not_a_number_is_not_good() -> None:
+    """A NaN is told as one, by every metric, and an impossible token is no NaN."""
+    logits, nan = torch.randn(2, 3, 5), torch.full((2, 3, 5), torch.nan)
+    batch = Batch({"input_ids": torch.zeros(2, 3, dtype=torch.int64)})
+    for metric in (Divergence(), Cosine(), Nats(), Perplexity()):
+        parts = metric.parts({"logits": nan}, batch, {"logits": logits})
+        assert math.isnan(metric.value(float(parts.sums.sum() / parts.weights.sum()))), metric.name
+    never = logits.clone()
+    never[..., 2] = -torch.inf
+    parts = Divergence().parts({"logits": logits}, batch, {"logits": never})
+    assert bool(torch.isfinite(parts.sums).all())
+    vectors = Batch({"x": torch.zeros(3, 4)}, labels=torch.tensor([0, 0, 1]))
+    assert bool(torch.isnan(Recall().parts({"y": torch.full((3, 4), torch.nan)}, vectors, None).sums).all())
+
+
+def test_a_mask_holds_beside_labels_and_for_whole_samples() -> None:
+    logits, other = torch.randn(2, 4, 5), torch.randn(2, 4, 5)
+    mask = torch.tensor([[True, True, False, False], [True, True, True, False]])
+    labels = torch.tensor([[1, 2, 3, 4], [0, 1, 2, 3]])
+    parts = Nats().parts({"logits": logits}, Batch({"x": logits}, mask, labels), None)
+    wanted = F.cross_entropy(logits[mask].double(), labels[mask], reduction="sum")
+    assert float(parts.sums.sum()) == pytest.approx(float(wanted))
+    assert parts.weights.sum() == 5
+    changed = logits.clone()
+    changed[~mask] = 100.0
+    one, two = (Cosine().parts({"y": y}, Batch({"x": logits}, mask), {"y": other}) for y in (logits, changed))
+    assert torch.equal(one.sums, two.sums)
+    zero = torch.zeros(2, 3)
+    assert Cosine().parts({"y": zero}, Batch({"x": zero}), {"y": zero}).sums.tolist() == [[1.0], [1.0]]
+
+
+def test_divergence_of_predictions_side_by_side() -> None:
+    """A constant added to the logits of one of several predictions changes nothing."""
+    theirs = torch.randn(3, 8)
+    ours = theirs + torch.tensor([0.0] * 4 + [3.0] * 4)
+    found = Divergence().parts({"y": ours}, Batch({"x": ours}, labels=torch.zeros(3, 2).long()), {"y": theirs})
+    assert found.weights.sum() == 6
+    assert float(found.sums.abs().max()) < 1e-6
+
+
+def test_recall_counts_no_sample_that_is_alone() -> None:
+    vectors = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
+    together = Recall().parts({"y": vectors}, Batch({"x": vectors}, labels=torch.tensor([7, 7, 8])), None)
+    assert together.sums.tolist() == [[1.0], [1.0], [0.0]]
+    alone = Recall().parts({"y": vectors[:1]}, Batch({"x": vectors[:1]}, labels=torch.tensor([7])), None)
+    assert alone.weights.tolist() == [[0.0]]
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (torch.tensor([[0, 5]]), "labels of 0 to 4, not 5"),
+        (torch.tensor([[0, -1]]), "labels of 0 to 4, not -1"),
+        (torch.tensor([[0.5, 1.0]]), "whole numbers"),
+    ],
+)
+def test_labels_that_are_none(labels: torch.Tensor, said: str) -> None:
+    logits = torch.randn(1, 2, 5)
+    with pytest.raises(UsageError, match=said):
+        Accuracy().parts({"logits": logits}, Batch({"x": logits}, labels=labels), None)
+
+
+def test_results_that_cannot_be_compared() -> None:
+    x = torch.randn(2, 3)
+    with pytest.raises(UsageError, match="same names and shapes"):
+        Cosine().parts({"a": x}, Batch({"x": x}), {"b": x})
+    with pytest.raises(UsageError, match="shapes"):
+        Divergence().parts({"a": x}, Batch({"x": x}), {"a": x[:, :2]})
+
+
+def test_nothing_to_measure_is_told(subject: tuple[Any, Program]) -> None:
+    with pytest.raises(UsageError, match="generation finds nothing to measure"):
+        measure([subject[1]], Ragged(), [Agreement()], reference=subject[1])
+
+
+def test_many_units_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(2)
+    units = Units(tuple(map(str, range(50))), generator.normal(size=50), np.ones(50))
+    whole = figure(Nats(), units)
+    monkeypatch.setattr("laconic.ir.quality._TOGETHER", 700)
+    parts = figure(Nats(), units)
+    assert (parts.low, parts.high) == pytest.approx((whole.low, whole.high), rel=1e-12)
+
+
 def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
     generator = np.random.default_rng(0)
     held = 0
@@ -174,6 +260,12 @@ def test_metrics_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
             each = (results["logits"] > 0).double().mean((1, 2))[:, None]
             return Parts(each, torch.ones_like(each))
 
+    monkeypatch.setitem(METRICS.table, "mine", "laconic.ir.metrics.quality:Nats")
+    with pytest.raises(UsageError, match="'mine' calls itself 'nats'"):
+        load("mine")
+    monkeypatch.setitem(METRICS.table, "none", "laconic.ir.metrics.quality:IGNORED")
+    with pytest.raises(UsageError, match="no class derived from"):
+        load("none")
     monkeypatch.setattr("laconic.ir.metrics.quality.Positive", Positive, raising=False)
     monkeypatch.setitem(METRICS.table, "positive", "laconic.ir.metrics.quality:Positive")
     torch.manual_seed(0)

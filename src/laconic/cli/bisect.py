@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 import typer
@@ -21,6 +22,7 @@ from laconic.cli.options import (
     display,
     judge_of,
     print_json,
+    refuse_without_data,
 )
 from laconic.ir.errors import UsageError
 
@@ -33,8 +35,11 @@ def bisect(
     ] = None,
     metric: Annotated[str | None, typer.Option("--metric", metavar="M", help="What to judge by (default: kl).")] = None,
     max_drop: Annotated[
-        float, typer.Option("--max-drop", metavar="X", help="A model whose metric is worse by more than this is bad.")
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            "--max-drop", metavar="X", help="A model whose metric is worse by more than this is bad (default 0)."
+        ),
+    ] = None,
     check: Annotated[
         str | None,
         typer.Option("--check", metavar="CMD", help="Given a DIR: exits with 0 if it is good, 125 to skip, else bad."),
@@ -55,8 +60,10 @@ def bisect(
     passes = parse_pipeline(pipeline)
     if (data is None) == (check is None):
         raise UsageError("what is bad is told by --data, or by --check CMD", hint="give one of the two")
-    if check is not None and metric is not None:
-        raise UsageError("--metric is measured on data", hint="add --data D, without --check")
+    if check is not None:
+        refuse_without_data(metric=metric, max_drop=max_drop, calibration=calibration)
+    if max_drop is not None and math.isnan(max_drop):
+        raise UsageError("--max-drop is not a number", hint="name by how much the metric may get worse")
     with display(quiet, verbose, no_progress, threads) as shown:
         from laconic.bisect import Bisection, by_command, by_metric
         from laconic.ir.inputs import cases
@@ -69,7 +76,7 @@ def bisect(
         else:
             assert data is not None
             judge = judge_of(program, data, [metric or "kl"], calibration, tokenizer or folder, batch, shown)
-            test = by_metric(judge, program, max_drop)
+            test = by_metric(judge, program, max_drop or 0.0)
         found = Bisection(program, passes, test, inputs=inputs, progress=shown.stage).search()
     document = {"schema": 1, "model": model, "pipeline": pipeline, **found.to_json()}
     if json:

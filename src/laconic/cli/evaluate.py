@@ -20,6 +20,7 @@ from laconic.cli.options import (
     Verbose,
     display,
     print_json,
+    refuse_without_data,
 )
 from laconic.ir.errors import UsageError, did_you_mean
 
@@ -60,6 +61,7 @@ def evaluate(
     said = data or _own_data(model, metric)
     if said is None:
         _refuse_slips(metric, against)
+        refuse_without_data(calibration=calibration)
     with display(quiet, verbose, no_progress, threads) as shown:
         from laconic.sources import opened
 

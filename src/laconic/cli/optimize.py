@@ -25,6 +25,7 @@ from laconic.cli.options import (
     judge_of,
     print_json,
     refuse_early,
+    refuse_without_data,
 )
 from laconic.formats import FORMATS
 from laconic.ir.errors import UsageError, VerificationError, did_you_mean
@@ -80,8 +81,8 @@ def optimize(
     if output is None and not dry_run:
         raise UsageError("there is nowhere to write to", hint="give -o DIR, or --dry-run to see what would be done")
     target = None if dry_run else output
-    if data is None and (metric or max_drop is not None):
-        raise UsageError(f"{'--metric' if metric else '--max-drop'} is measured on data", hint="add --data D")
+    if data is None:
+        refuse_without_data(metric=metric, max_drop=max_drop, calibration=calibration)
     passes = parse_pipeline(pipeline)  # before the slow part, so that a slip costs nothing
     _refuse_slips(target, dump_dir, formats or [], force)
     flags = debug.Debug(

@@ -58,6 +58,13 @@ def refuse_early(output: Path, force: bool) -> None:
     refuse_existing(output, force)
 
 
+def refuse_without_data(**given: object) -> None:
+    """Raise UsageError for an option that says nothing without --data."""
+    for name, value in given.items():
+        if value is not None:
+            raise UsageError(f"--{name.replace('_', '-')} says nothing without data to measure on", hint="add --data D")
+
+
 def judge_of(
     program: Program,
     data: str,
