@@ -22,7 +22,7 @@ from laconic.figures import figures
 from laconic.ir.errors import LaconicError
 from laconic.ir.metrics.quality import IGNORED, Accuracy, Nats
 from laconic.ir.metrics.registry import load as load_metric
-from laconic.ir.quality import Figure, Units, difference, figure
+from laconic.ir.quality import Units, difference, figure
 from laconic.ir.source_model import Source
 from laconic.machine import machine
 from laconic.models import corpus, datasets, text_figures, tokenizer, trained, zoo
@@ -139,33 +139,39 @@ def _router(model: Any) -> dict[str, Any]:
 # Vision
 
 
-def _half(name: str, model: Any, kind: Split) -> dict[str, Any]:
-    """With all image tokens and with a random half of them: digits read right, and all of an image."""
+def _reading(name: str, kind: Split) -> dict[str, Any]:
+    """Digits read right and whole canvases, with all image tokens; and what is lost with a random half of them, dropped
+    behind the embedding, and for the vlm between tower and decoder too."""
+    model, half = trained.load(name), SIDE * SIDE // 2
     if name == "vit":
         drawn = datasets.draw(kind, QUADRANTS)
-        present = torch.ones_like(drawn.labels, dtype=torch.bool)
-        right = {kept: right_digits(model, drawn, kept) for kept in (None, SIDE * SIDE // 2)}
+        whole, halves = right_digits(model, drawn), {"embedding": right_digits(model, drawn, half)}
     else:
         from laconic.models.vlm import right_cells
 
         drawn = datasets.draw(kind, GRID)
-        present = drawn.labels != EMPTY
-        right = {kept: right_cells(model, drawn, kept)[0] for kept in (None, SIDE * SIDE // 2)}
-    whole, half = (_by_digit(found, present, drawn.digits) for found in right.values())
-    every = next(iter(right.values()))
-    return {
-        "whole_images": float((every | ~present).all(1).double().mean()),
-        "greedy": asdict(whole[0]),
-        "random_half": asdict(half[0]),
-        "half_loses": asdict(difference(Accuracy(), whole[1], half[1])),
+        whole, _ = right_cells(model, drawn)
+        halves = {
+            "embedding": right_cells(model, drawn, half, early=True)[0],
+            "decoder": right_cells(model, drawn, half)[0],
+        }
+    present = drawn.labels != EMPTY
+    units = _by_digit(whole, present, drawn.digits)
+    found: dict[str, Any] = {
+        "whole_images": float((whole | ~present).all(1).double().mean()),
+        "greedy": asdict(figure(Accuracy(), units)),
     }
+    for place, right in halves.items():
+        fewer = _by_digit(right, present, drawn.digits)
+        lost = asdict(difference(Accuracy(), units, fewer))
+        found[f"half at the {place}"] = {"read": asdict(figure(Accuracy(), fewer)), "loses": lost}
+    return found
 
 
-def _by_digit(right: torch.Tensor, present: torch.Tensor, digits: torch.Tensor) -> tuple[Figure, Units]:
+def _by_digit(right: torch.Tensor, present: torch.Tensor, digits: torch.Tensor) -> Units:
     names, index = np.unique(digits[present].numpy(), return_inverse=True)
     sums = np.bincount(index, weights=right[present].double().numpy()).astype(np.float64)
-    units = Units(tuple(map(str, names)), sums, np.bincount(index).astype(np.float64))
-    return figure(Accuracy(), units), units
+    return Units(tuple(map(str, names)), sums, np.bincount(index).astype(np.float64))
 
 
 # The card
@@ -191,7 +197,7 @@ def write_card(name: str, work: Path) -> dict[str, Any]:
     if name in datasets.TEXT:
         card |= _text(name, work)
     elif name in ("vit", "vlm"):
-        card["reading"] = {str(kind): _half(name, trained.load(name), kind) for kind in (Split.SELECTION, Split.TEST)}
+        card["reading"] = {str(kind): _reading(name, kind) for kind in (Split.SELECTION, Split.TEST)}
     training = json.loads((folder / "training.json").read_text(encoding="utf-8")) if name in zoo.TRAINED else None
     if training:
         card["training"] = {key: training[key] for key in ("seed", "steps", "seconds")}

@@ -39,7 +39,7 @@ def zoo_data(name: str, split: str, program: Program, *, batch: int = 8) -> Data
     if name == "vlm":
         return _Drawn(said, _vlm_batches(kind, batch, program), kind)
     if name == "minilm":
-        return _Sentences(said, kind)
+        return _Sentences(said, kind, batch)
     raise UsageError(f"there is no data zoo:{name}", hint=did_you_mean(name, [*TEXT, "vit", "vlm", "minilm"]))
 
 
@@ -84,13 +84,19 @@ def _vlm_batches(kind: Split, batch: int, program: Program) -> list[Batch]:
 
 
 class _Sentences(ListedData):
-    """The groups of sentences in three parts, each one batch: a sentence's like is looked for among all of its part."""
+    """The groups of sentences in three parts. Those to be measured on are one batch: a sentence's like is looked for
+    among all of them."""
 
     metrics = ("recall@1",)
 
-    def __init__(self, name: str, kind: Split) -> None:
+    def __init__(self, name: str, kind: Split, batch: int) -> None:
         groups = {k: group for k, group in enumerate(minilm.groups()) if k % len(_SPLITS) == _SPLITS.index(kind)}
-        inputs = minilm.tokenize([sentence for group in groups.values() for sentence in group])
-        labels = torch.tensor([k for k, group in groups.items() for _ in group])
-        units = tuple(map(str, labels.tolist()))
-        super().__init__(name, [Batch(inputs, inputs["attention_mask"].bool(), labels, units)])
+        named = [(sentence, k) for k, group in groups.items() for sentence in group]
+        together = batch if kind is Split.CALIBRATION else len(named)
+        batches = []
+        for start in range(0, len(named), together):
+            sentences, labels = zip(*named[start : start + together], strict=True)
+            inputs = minilm.tokenize(list(sentences))
+            mask, units = inputs["attention_mask"].bool(), tuple(map(str, labels))
+            batches.append(Batch(inputs, mask, torch.tensor(labels), units))
+        super().__init__(name, batches)

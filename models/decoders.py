@@ -109,7 +109,7 @@ class LlamaMha(Decoder):
     """Ten blocks of 256, four heads with keys and values of their own."""
 
     name = "llama-mha"
-    steps = 3000
+    steps = 2000
 
     def config(self) -> Any:
         return llama_config(256, 10, heads=4, kv_heads=4, hidden=256)

@@ -1,5 +1,5 @@
-"""Muon: momentum whose matrices are made orthogonal before each step. Jordan et al. 2024, "Muon: An optimizer for
-hidden layers in neural networks"; the scale of steps by shape and the decay as in Liu et al. 2025 (arXiv:2502.16982).
+"""Muon: momentum whose matrices are made orthogonal before each step, scaled by shape as in Jordan et al. 2024,
+"Muon: An optimizer for hidden layers in neural networks"; weights decay as in Liu et al. 2025 (arXiv:2502.16982).
 
 torch's own takes matrices only, one at a time; here a stack of experts is as many matrices, and matrices of one shape
 are made orthogonal together, in a few batched products.

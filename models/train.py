@@ -71,19 +71,20 @@ def main(
     name: Annotated[str, typer.Argument(metavar="NAME", help=", ".join(_RECIPES))],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: models/checkpoints/NAME.")] = None,
     work: Annotated[Path, typer.Option("--work", help="Where a run is kept until it is done.")] = Path("build/models"),
-    until: Annotated[int | None, typer.Option("--until", help="Stop at this step; without it, at the last.")] = None,
-    look_every: Annotated[int, typer.Option("--look-every", help="Steps between looks at the selection split.")] = 250,
-    threads: Annotated[int, typer.Option("--threads", help="Default: torch's choice.")] = 0,
+    until: Annotated[int | None, typer.Option("--until", min=0, help="Stop at this step (the last).")] = None,
+    look_every: Annotated[int, typer.Option("--look-every", min=1, help="Steps between looks at selection.")] = 250,
+    threads: Annotated[int, typer.Option("--threads", min=0, help="Default: torch's choice.")] = 0,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the loss.")] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace a folder that is there.")] = False,
 ) -> None:
     """Train a reference model, or go on with it, and write its folder."""
     target = CHECKPOINTS / name if output is None else output
-    if until is None:
+    chosen = recipe(name, work)
+    if until is None or until >= chosen.steps:
         refuse_existing(target, force)
     if threads:
         torch.set_num_threads(threads)
-    run = start(recipe(name, work), work / name)
+    run = start(chosen, work / name)
     with _Bar(run) as report:
         done = train(run, until=until, look_every=look_every, compiled=compiled, report=report)
     if not done:

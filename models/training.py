@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from laconic.ir.errors import ModelError
 from laconic.ir.files import place_file, temporary_beside
 from laconic.models.muon import Muon
 
@@ -116,10 +117,17 @@ class Run:
             place_file(temporary, self.path, force=True)
 
     def restore(self) -> bool:
-        """Go on from what is kept; False if there is nothing."""
+        """Go on from what is kept; False if there is nothing. Raises ModelError if it cannot be read."""
         if not self.path.exists():
             return False
-        kept: dict[str, Any] = torch.load(self.path, weights_only=True)
+        try:
+            kept: dict[str, Any] = torch.load(self.path, weights_only=True)
+        except Exception as problem:
+            why = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+            hint = "delete it to train from the beginning"
+            raise ModelError(
+                "what is kept of this run cannot be read", where=str(self.path), why=why, hint=hint
+            ) from problem
         self.step, self.seconds, self.curve = kept["step"], kept["seconds"], kept["curve"]
         self.recipe.numbers = kept["numbers"]
         self.student.load_state_dict(kept["student"])

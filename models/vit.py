@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -122,16 +124,27 @@ def right_digits(model: Any, canvases: Canvases, kept: int | None = None, *, see
     """
     assert bool((canvases.labels != EMPTY).all())
     generator = torch.Generator().manual_seed(seed)
-
-    def thin(module: nn.Module, inputs: Any, found: torch.Tensor) -> torch.Tensor:
-        order = torch.rand((len(found), SIDE * SIDE), generator=generator).argsort(1)
-        chosen = torch.cat([torch.zeros((len(found), 1), dtype=torch.int64), 1 + order[:, :kept].sort(1).values], 1)
-        return found.gather(1, chosen[:, :, None].expand(-1, -1, found.shape[-1]))
-
-    hook = model.vit.embeddings.register_forward_hook(thin) if kept is not None else None
-    try:
-        parts = [model(pixel_values=p).logits.reshape(-1, 4, 10).argmax(-1) for p in torch.split(canvases.pixels, 64)]
-    finally:
-        if hook is not None:
-            hook.remove()
+    parts = []
+    for pixels in torch.split(canvases.pixels, 64):
+        with thinned(model.vit.embeddings, chosen_patches(len(pixels), kept, generator)):
+            parts.append(model(pixel_values=pixels).logits.reshape(-1, 4, 10).argmax(-1))
     return torch.cat(parts) == canvases.labels
+
+
+def chosen_patches(count: int, kept: int | None, generator: torch.Generator) -> torch.Tensor:
+    """Which patches are kept of each of `count` canvases, drawn at random, in order, (count, kept); None: all."""
+    order = torch.rand((count, SIDE * SIDE), generator=generator).argsort(1)
+    return order[:, :kept].sort(1).values
+
+
+@contextmanager
+def thinned(embeddings: nn.Module, chosen: torch.Tensor) -> Iterator[None]:
+    """Within, the embeddings of a tower are those of CLS and the chosen patches (canvases, kept)."""
+    kept = torch.cat([torch.zeros((len(chosen), 1), dtype=torch.int64), 1 + chosen], 1)
+    hook = embeddings.register_forward_hook(
+        lambda _, inputs, found: found.gather(1, kept[:, :, None].expand(-1, -1, found.shape[-1]))
+    )
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -18,7 +18,7 @@ from laconic.models import canvas, tokenizer
 from laconic.models.canvas import EMPTY, GRID, SIZE, Canvases
 from laconic.models.corpus import Split
 from laconic.models.decoders import llama_config
-from laconic.models.vit import PATCH, SIDE, Growing, start_tower, tower_config
+from laconic.models.vit import PATCH, SIDE, Growing, chosen_patches, start_tower, thinned, tower_config
 
 _LOOKED_AT = 256  # canvases
 _SELECTION_SEED = 2_000_000
@@ -149,23 +149,26 @@ def prompt_and_answer(labels: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def right_cells(
-    model: Any, canvases: Canvases, kept: int | None = None, *, told: bool = False, seed: int = 0
+    model: Any, canvases: Canvases, kept: int | None = None, *, early: bool = False, told: bool = False, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Which cells are read right, greedily, one after another, and which hold a digit; both (n, cells) bool.
 
-    With `kept`, as many image tokens, drawn at random for each canvas, go from the tower to the decoder; they keep
-    their positions. With `told`, each cell is read behind the right answers of those before it: one pass for all.
+    With `kept`, as many image tokens, drawn at random for each canvas, go from the tower to the decoder, or already
+    (`early`) from the tower's embedding into its layers; they keep their positions. With `told`, each cell is read
+    behind the right answers of those before it: one pass for all.
     """
     generator = torch.Generator().manual_seed(seed)
     answers = answer_ids()[canvases.labels]
     found = []
     for pixels, right in zip(torch.split(canvases.pixels, 64), torch.split(answers, 64), strict=True):
-        patches = tower_patches(model, pixels)
-        order = torch.rand((len(pixels), SIDE * SIDE), generator=generator).argsort(1)
-        chosen = order[:, : kept or SIDE * SIDE].sort(1).values
-        image = model.model.multi_modal_projector(
-            patches.gather(1, chosen[:, :, None].expand(-1, -1, patches.shape[-1]))
-        )
+        chosen = chosen_patches(len(pixels), kept, generator)
+        if early:
+            with thinned(model.model.vision_tower.embeddings, chosen):
+                patches = tower_patches(model, pixels)
+        else:
+            every = tower_patches(model, pixels)
+            patches = every.gather(1, chosen[:, :, None].expand(-1, -1, every.shape[-1]))
+        image = model.model.multi_modal_projector(patches)
         said = right[:, :0]
         if told:
             said = _next_tokens(model, image, chosen, right[:, :-1])[:, -GRID.cells :]
