@@ -1,5 +1,5 @@
-"""Write the tables of README.md and docs, between `<!-- table:NAME -->` and `<!-- /table -->`, from the committed
-results."""
+"""Write the tables of README.md, docs and models, between `<!-- table:NAME -->` and `<!-- /table -->`, from the
+committed results and model cards."""
 
 from __future__ import annotations
 
@@ -194,6 +194,35 @@ def training() -> str:
     return "\n".join([*lines, "", note])
 
 
+def zoo() -> str:
+    lines = [
+        "| model | weights | measured on the test split | against | better by |",
+        "|---|---|---|---|---|",
+    ]
+    for path in sorted(ROOT.glob("models/checkpoints/*/card.json")):
+        card = json.loads(path.read_text())
+        size = f"{card['weights']['bytes'] / 1e6:.1f} MB"
+        said = ", ".join(f"{row['metric']} {_interval(row)}" for row in card["eval"]["test"])
+        against, better = "", ""
+        if "kneser_ney" in card:
+            parts = card["kneser_ney"]["test"]
+            against = f"5-gram Kneser-Ney, nats {parts['all']['baseline']['value']:.3f}"
+            better = f"{_interval(parts['all']['better_by'])}; novel tokens {_interval(parts['novel']['better_by'])}"
+        if "reading" in card:
+            half = card["reading"]["test"]["half at the embedding"]
+            against, better = f"a random half of the tokens, {_interval(half['read'])}", _interval(half["loses"])
+        lines.append(
+            f"| [{card['name']}](checkpoints/{card['name']}/README.md) | {size} | {said} | {against} | {better} |"
+        )
+    return "\n".join(
+        [*lines, "", "95 % intervals by package, digit or group. `laconic eval zoo:NAME` measures them again."]
+    )
+
+
+def _interval(row: dict[str, float]) -> str:
+    return f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+
+
 def result(name: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
     return found
@@ -207,10 +236,11 @@ TABLES = {
     "compile_latency": compile_latency,
     "load_time": load_time,
     "training": training,
+    "zoo": zoo,
 }
 
 
-PAGES = (ROOT / "README.md", ROOT / "docs/torch-compile.md")
+PAGES = (ROOT / "README.md", ROOT / "docs/torch-compile.md", ROOT / "models/README.md")
 
 
 def filled(text: str) -> str:

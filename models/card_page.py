@@ -90,7 +90,7 @@ def _router(card: dict[str, Any]) -> str:
     if "selection_bias" in router:
         greatest = max(abs(x) for row in router["selection_bias"] for x in row)
         said += f" Selection biases reach {greatest:.3f}."
-    return said
+    return f"{said} Loads in the curve are those of a batch, and of the first sixteen windows of the split."
 
 
 def _columns(curve: Sequence[dict[str, float]]) -> list[str]:
