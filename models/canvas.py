@@ -8,6 +8,7 @@ and moved; ink darker or lighter than the background; behind it noise at several
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from laconic.ir.errors import ModelError
 from laconic.models.corpus import Split
 
 FOLDER = Path(__file__).parent / "data"
@@ -24,6 +26,7 @@ FOLDER = Path(__file__).parent / "data"
 SIZE = 112  # pixels
 EMPTY = 10  # the label of a cell without a digit
 _FINE = 32  # pixels of a digit before it is placed
+_DIGITS = "ad36755d027a8da89f62020820bbb615943f96f0da940bf08f10b33b970e0950"  # sha256 of digits.npz
 _SCALES = (4, 14, 28, 56)  # cells of the background's noise along a side
 
 
@@ -59,7 +62,10 @@ class Canvases:
 @cache
 def _digits() -> tuple[torch.Tensor, torch.Tensor, dict[Split, torch.Tensor]]:
     """Digits (n, 1, 32, 32) in [0, 1], their labels (n,), and which are of which split."""
-    with np.load(FOLDER / "digits.npz", allow_pickle=False) as data:
+    path = FOLDER / "digits.npz"
+    if hashlib.sha256(path.read_bytes()).hexdigest() != _DIGITS:
+        raise ModelError(f"{path} is not the file that was committed", hint="get it again from the repository")
+    with np.load(path, allow_pickle=False) as data:
         images = torch.from_numpy(data["images"]).float().reshape(-1, 1, 8, 8) / 16.0
         labels = torch.from_numpy(data["labels"]).long()
         splits = torch.from_numpy(data["splits"]).long()

@@ -152,14 +152,17 @@ def repeated(documents: Sequence[Document]) -> set[str]:
     gone: set[int] = set()
     for a, b in sorted(_pairs(shingles), key=lambda pair: (size[pair[0]], size[pair[1]])):
         small, large = sorted((a, b), key=lambda k: size[k])
-        if small in gone or large in gone or not len(shingles[small]):
-            continue
-        shared = len(np.intersect1d(shingles[small], shingles[large], assume_unique=True))
-        if shared > _REPEATED * len(shingles[small]):
+        if small not in gone and large not in gone and _repeats(shingles[small], shingles[large]):
             gone.add(small)
     return {documents[k].path for k in gone}
 
 
+def _repeats(small: NDArray[np.uint64], large: NDArray[np.uint64]) -> bool:
+    shared = len(np.intersect1d(small, large, assume_unique=True))
+    return bool(len(small)) and shared > _REPEATED * len(small)
+
+
+@cache
 def _shingles(text: str) -> NDArray[np.uint64]:
     """The distinct runs of eight tokens, as numbers; the same on every run of Python."""
     numbers = np.array([_word(word) for word in re.findall(r"\w+|[^\w\s]", text)], dtype=np.uint64)
@@ -201,12 +204,20 @@ def _pairs(shingles: Sequence[NDArray[np.uint64]]) -> set[tuple[int, int]]:
 
 
 def training_documents() -> list[Document]:
-    """The training documents of the running Python: without near-duplicates, and without any held-out package."""
+    """The training documents of the running Python: without near-duplicates, without any held-out package, and without
+    what says the same as a document that was held out, on whichever Python."""
     documents = library()
     gone = repeated(documents)
-    held_out = {d.group for kind in (Split.SELECTION, Split.TEST) for d in committed(kind)}
-    kept = split([d for d in documents if d.path not in gone])[Split.TRAIN]
-    return [d for d in kept if d.group not in held_out]
+    held_out = [document for kind in (Split.SELECTION, Split.TEST) for document in committed(kind)]
+    groups = {document.group for document in held_out}
+    kept = [d for d in split([d for d in documents if d.path not in gone])[Split.TRAIN] if d.group not in groups]
+    shingles = [_shingles(document.text) for document in [*kept, *held_out]]
+    leaks = set()
+    for a, b in _pairs(shingles):
+        small, large = sorted((shingles[a], shingles[b]), key=len)
+        if (a < len(kept)) != (b < len(kept)) and _repeats(small, large):
+            leaks.add(min(a, b))
+    return [document for k, document in enumerate(kept) if k not in leaks]
 
 
 def committed(kind: Split) -> list[Document]:

@@ -64,7 +64,10 @@ class KneserNey:
             self._orders.append(_discounted(keys, prefixes, used, prefix_count))
 
     def probabilities(self, tokens: _Ints) -> _Floats:
-        """p(token | all before it in the stream), (length,) for a stream (length,)."""
+        """p(token | all before it in the stream), (length,) for a stream (length,). Raises ValueError for other tokens
+        than those of the vocabulary."""
+        if len(tokens) and (tokens.min() < 0 or tokens.max() >= self.vocabulary):
+            raise ValueError(f"tokens in [{tokens.min()}, {tokens.max()}], not all of {self.vocabulary} known")
         return self._interpolated(self._contexts(tokens), tokens)
 
     def distribution(self, context: _Ints) -> _Floats:
