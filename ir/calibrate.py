@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.distributed
-from torch import fx
 
 from laconic.ir.data import Data, flat_inputs, running
 from laconic.ir.errors import ModelError, UsageError
@@ -29,8 +28,7 @@ from laconic.ir.program import Program
 from laconic.ir.quality import named_results
 from laconic.ir.signature import content_key
 from laconic.ir.statistics.base import Statistic, Statistics, Sums, add, finite
-from laconic.ir.statistics.rows import Masks, Rows
-from laconic.ir.types import TensorType, type_of
+from laconic.ir.statistics.rows import Masks, Rows, shape_of
 
 log = logging.getLogger(__name__)
 
@@ -88,12 +86,10 @@ def _told(progress: Progress, before: int, total: int, done: int) -> None:
 
 
 def _refuse_too_short(program: Program, data: Data, wanted: Sequence[Statistic], found: dict[str, Sums]) -> None:
-    nodes = {node.name: node for node in program.forward.graph.nodes}
+    shapes = _shapes(program)
     for statistic in wanted:
-        rows, least = (
-            int(found[statistic.key]["rows"]),
-            statistic.least_rows([_shape(nodes[name]) for name in statistic.nodes]),
-        )
+        rows = int(found[statistic.key]["rows"])
+        least = statistic.least_rows([shapes[name] for name in statistic.nodes])
         if rows < least:
             raise UsageError(
                 f"{data.name} is too short: {type(statistic).__name__} of %{statistic.nodes[0]} needs {least} rows",
@@ -134,12 +130,12 @@ def _share(count: int) -> range:
 
 def _groups(program: Program, wanted: Sequence[Statistic], memory: int) -> list[list[Statistic]]:
     """What is gathered together, in the order of the graph: layer by layer, as many as fit."""
-    nodes = {node.name: node for node in program.forward.graph.nodes}
-    order = {name: k for k, name in enumerate(nodes)}
+    shapes = _shapes(program)
+    order = {name: k for k, name in enumerate(shapes)}
     groups: list[list[Statistic]] = []
     room = 0
     for statistic in sorted(wanted, key=lambda s: (s.gradient, max(order[name] for name in s.nodes))):
-        size = 8 * statistic.size([_shape(nodes[name]) for name in statistic.nodes])
+        size = 8 * statistic.size([shapes[name] for name in statistic.nodes])
         if not groups or size > room or groups[-1][0].gradient != statistic.gradient:
             groups.append([])
             room = memory
@@ -148,14 +144,9 @@ def _groups(program: Program, wanted: Sequence[Statistic], memory: int) -> list[
     return groups
 
 
-def _nodes(program: Program, statistic: Statistic) -> list[fx.Node]:
-    return [node for node in program.forward.graph.nodes if node.name in statistic.nodes]
-
-
-def _shape(node: fx.Node) -> tuple[Any, ...]:
-    kind = type_of(node.meta["val"])
-    assert isinstance(kind, TensorType)
-    return kind.shape
+def _shapes(program: Program) -> dict[str, tuple[Any, ...]]:
+    """The sizes of each node's value, in the order of the graph."""
+    return {node.name: shape_of(node.meta["val"]) for node in program.forward.graph.nodes if "val" in node.meta}
 
 
 class _GroupRun:
@@ -177,7 +168,7 @@ class _GroupRun:
         self._masks: Masks | None = None
         self._more: dict[str, Sums] = {}
         self._seen: dict[str, torch.Tensor] = {}
-        shapes = {node.name: _shape(node) for s in group for node in _nodes(program, s)}
+        shapes = _shapes(program)
         self._shapes = {statistic.key: shapes[statistic.nodes[0]] for statistic in group}
         gradient = group[0].gradient
         if gradient:

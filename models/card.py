@@ -22,8 +22,8 @@ from laconic.figures import figures
 from laconic.ir.errors import LaconicError
 from laconic.ir.metrics.quality import IGNORED, Accuracy, Nats
 from laconic.ir.metrics.registry import load as load_metric
+from laconic.ir.program import Program
 from laconic.ir.quality import Units, difference, figure
-from laconic.ir.source_model import Source
 from laconic.machine import machine
 from laconic.models import corpus, datasets, text_figures, tokenizer, trained, zoo
 from laconic.models.canvas import EMPTY, GRID, QUADRANTS
@@ -184,6 +184,7 @@ def write_card(name: str, work: Path) -> dict[str, Any]:
     such model.
     """
     source = zoo.load(name)
+    program = capture_source(source)
     folder = trained.FOLDER / name
     weights = (zoo.folder(name) / "model.safetensors").read_bytes()
     card: dict[str, Any] = {
@@ -192,7 +193,7 @@ def write_card(name: str, work: Path) -> dict[str, Any]:
         "class": type(next(part for part in source.module.modules() if hasattr(part, "config"))).__name__,
         "weights": {"bytes": len(weights), "sha256": hashlib.sha256(weights).hexdigest()},
         "machine": machine(),
-        "eval": {str(split): _evaluated(name, source, split) for split in (Split.SELECTION, Split.TEST)},
+        "eval": {str(split): _evaluated(name, program, split) for split in (Split.SELECTION, Split.TEST)},
     }
     if name in datasets.TEXT:
         card |= _text(name, work)
@@ -207,9 +208,8 @@ def write_card(name: str, work: Path) -> dict[str, Any]:
     return card
 
 
-def _evaluated(name: str, source: Source, split: Split) -> list[dict[str, Any]]:
+def _evaluated(name: str, program: Program, split: Split) -> list[dict[str, Any]]:
     """What `laconic eval zoo:NAME --data zoo:NAME:SPLIT` says."""
-    program = capture_source(source)
     data = datasets.zoo_data(name, str(split), program)
     return figures(program, None, data, [load_metric(metric) for metric in data.metrics])
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from laconic.ir.statistics.base import Statistic, Sums
+from laconic.ir.statistics.base import Statistic, Sums, add
 from laconic.ir.statistics.rows import Rows
 
 #: Distances between query and key are counted by their power of two: 0, 1, 2-3, 4-7, ...
@@ -48,7 +48,7 @@ class Attended(Statistic):
         for k in range(samples):  # one by one: a batch's weights may not fit
             own = {name: value[k : k + 1] if len(value) == samples else value for name, value in named.items()}
             more = self._of_sample(self._weights(own)[0], None if rows.mask is None else rows.mask[k])
-            found = {name: found[name] + value if name in found else value for name, value in more.items()}
+            add(found, more, self.maxima)
         return found
 
     def _of_sample(self, p: torch.Tensor, mask: torch.Tensor | None) -> Sums:

@@ -41,7 +41,7 @@ class Masks:
 
     def __init__(self, program: Program, batch: Batch) -> None:
         nodes = zip(program.forward.inputs, program.forward.input_nodes(), strict=True)
-        shapes = {declared.name: _shape(node.meta["val"]) for declared, node in nodes}
+        shapes = {declared.name: shape_of(node.meta["val"]) for declared, node in nodes}
         self._known: list[tuple[Any, Any, torch.Tensor]] = []
         if batch.mask is not None:
             given = [name for name, value in batch.inputs.items() if value.shape[:2] == batch.mask.shape]
@@ -72,6 +72,7 @@ class Masks:
         )
 
 
-def _shape(value: Any) -> tuple[Any, ...]:
+def shape_of(value: Any) -> tuple[Any, ...]:
+    """Sizes of a node's value as the program says them, ints or expressions; () for what is no tensor."""
     kind = type_of(value)
     return kind.shape if isinstance(kind, TensorType) else ()
