@@ -42,6 +42,23 @@ def test_training_leaves_out_what_is_held_out() -> None:
     assert len(training) > 1000
 
 
+def test_training_leaves_out_what_repeats_a_held_out_document_under_another_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held = max(committed(Split.TEST), key=lambda d: len(d.text))
+    training = {d.group for d in committed(Split.CALIBRATION)}
+    documents = [
+        Document("moved.py", min(training), held.text),
+        Document("grown.py", min(training), prose(1, 20) + held.text + prose(2, 20)),
+        Document("part.py", max(training), held.text[: len(held.text) // 2]),
+        Document("own.py", min(training), prose(3)),
+        Document("little.py", max(training), prose(4, 400) + held.text[:2_000]),  # quotes it, says something else
+    ]
+    monkeypatch.setattr(corpus, "library", lambda: documents)
+    monkeypatch.setattr(corpus, "repeated", lambda documents: set())
+    assert [d.path for d in corpus.training_documents()] == ["own.py", "little.py"]
+
+
 def test_tests_belong_to_what_they_test(tmp_path: Path) -> None:
     files = {f"m{k}.py": prose(k) for k in range(500)}
     files |= {"_shelf.py": prose(900), "shelf.py": prose(901), "test/test_shelf_more.py": prose(902)}
