@@ -21,6 +21,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 
 import laconic
 from cut_eager import EagerPieces, calls_of_steps
@@ -62,7 +63,8 @@ class Subject:
     def __init__(self, name: str) -> None:
         self.row = matrix_models.ROWS[name]
         self.module, self.example, self.axes = matrix_models.make(name)
-        self.layers = self.row.layers(self.module.config)
+        parts = self.module.modules()
+        self.layers = self.row.layers(next(part.config for part in parts if isinstance(part, PreTrainedModel)))
 
     def draw(self, seed: int, size: tuple[int, int, int] = SIZE) -> Arguments:
         return self.row.draw(self.example, size, seed)
@@ -125,7 +127,9 @@ def widened() -> Iterator[None]:
 def in_double(module: Any, run: Callable[[nn.Module, Arguments], Values]) -> Run:
     """A way to run a model in float64, eagerly: all weights, inputs and whatever it makes on the way."""
     module = module.double()
-    module.set_experts_implementation("eager")  # the grouped product takes no float64
+    for part in module.modules():
+        if isinstance(part, PreTrainedModel):
+            part.set_experts_implementation("eager")  # the grouped product takes no float64
 
     def call(arguments: Arguments) -> Values:
         with widened():

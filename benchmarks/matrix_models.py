@@ -1,7 +1,8 @@
-"""The thirty architectures of the support matrix: small random configurations, and what each of them promises.
+"""The models of the support matrix, and what each of them promises: thirty architectures, small and random, and the
+reference models as they were trained.
 
-All have 6 or more layers of small width, dropout off, and numbers as after training: biases, norms and statistics that
-do something. What is a layer is read from the configuration, and of which kind: layers of one kind are said once.
+Random ones have 6 or more layers, dropout off, and numbers as after training: biases, norms and statistics that do
+something. What is a layer is read from the configuration, and of which kind: layers of one kind are said once.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from torch import nn
 sys.path[:0] = [str(Path(__file__).parents[1] / "tests")]
 
 from architectures import BATCH, SEQUENCE, TARGET, Case, bert, gpt2, inputs_of, llama, qwen3_moe, t5, vit  # noqa: E402
+from laconic.models import zoo  # noqa: E402
+from laconic.models.canvas import GRID  # noqa: E402
+from laconic.models.vlm import prompt  # noqa: E402
 
 DEPTH = 6
 SMALL = {"hidden_size": 32, "num_hidden_layers": DEPTH, "num_attention_heads": 4, "intermediate_size": 64}
@@ -382,13 +386,52 @@ ROWS: dict[str, Row] = {
 }
 
 
+# The reference models
+
+
+def trained(name: str) -> Callable[[], Case]:
+    def case() -> Case:
+        source = zoo.load(name)
+        return source.module, source.kwargs, source.dynamic_shapes
+
+    return case
+
+
+def with_canvas(example: dict[str, Any], sizes: Sizes, seed: int) -> dict[str, Any]:
+    """A canvas for each row, the prompt, and tokens drawn as the answer."""
+    batch = sizes[0]
+    made = inputs_of(example, (batch, GRID.cells, 0), seed)
+    prompts = prompt(batch)
+    made["input_ids"] = torch.cat([prompts, made["input_ids"]], 1)
+    made["attention_mask"] = torch.ones_like(made["input_ids"])
+    return made
+
+
+def tower_and_reader(config: Any) -> Layers:
+    tower, text = config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers
+    return stack("model.model.vision_tower.layers", tower) | stack("model.model.language_model.layers", text)
+
+
+ZOO: dict[str, Row] = {
+    "zoo:llama-mha": Row(trained("llama-mha"), DECODER),
+    "zoo:llama-gqa": Row(trained("llama-gqa"), DECODER),
+    "zoo:moe": Row(trained("moe"), DECODER),
+    "zoo:moe-sigmoid": Row(trained("moe-sigmoid"), DECODER),
+    "zoo:vit": Row(trained("vit"), hidden("vit.layers")),
+    "zoo:vlm": Row(trained("vlm"), tower_and_reader, with_canvas),
+    "zoo:minilm": Row(trained("minilm"), hidden("encoder.encoder.layer")),
+}
+ROWS |= ZOO
+
+
 def make(name: str) -> Case:
     """A model of the matrix in eval mode, its example arguments and dynamic shapes; the same for the same name."""
     torch.manual_seed(0)
     module, inputs, axes = ROWS[name].case()
     for part in module.modules():
         _undrop(part)
-        _train(part)
+        if name not in ZOO:
+            _train(part)
     with torch.no_grad():
         module.eval()(**inputs)  # the first call of some models puts hooks in place, which Dynamo does not trace
     return module, inputs, axes

@@ -1,4 +1,5 @@
-"""The support matrix: thirty architectures, and for each what holds of capture, compiling, passes and exports.
+"""The support matrix: thirty architectures and the reference models, and for each what holds of capture, compiling,
+passes and exports.
 
     python benchmarks/support_matrix.py [--only NAME ...] [--jobs N] [--again] [--doc]
 
@@ -124,7 +125,8 @@ def _ordered(rows: dict[str, Row], names: list[str]) -> dict[str, Row]:
 HEAD = """# Support matrix
 
 Written by `benchmarks/support_matrix.py` (`make matrix`) from [its result](../benchmarks/results/support_matrix.json).
-Small random configurations of `transformers` classes, six or more layers each, dropout off, numbers as after training.
+Small random configurations of `transformers` classes, six or more layers each, dropout off, numbers as after training;
+and the [reference models](../models/README.md), as they were trained.
 
 {summary}
 

@@ -32,3 +32,24 @@ def _reset_logging() -> None:
         if isinstance(log, logging.Logger) and name.split(".")[0] == "laconic":
             log.setLevel(logging.NOTSET)
             log.propagate, log.handlers = True, []
+
+
+@pytest.fixture
+def nothing_compiled() -> Iterator[None]:
+    """What Dynamo and the backend know of other tests is forgotten: past a number of recompilations Dynamo calls a
+    function eagerly, and says nothing."""
+    _forget_compiled()
+    yield
+    _forget_compiled()
+
+
+def _forget_compiled() -> None:
+    if "torch._dynamo" not in sys.modules:
+        return
+    import torch._dynamo
+
+    from laconic.codegen import reset_stats
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    reset_stats()

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 
 import pytest
 
 
 @pytest.fixture(autouse=True)
-def _nothing_compiled() -> Iterator[None]:
-    _forget()
-    yield
-    _forget()
+def _from_scratch(nothing_compiled: None) -> None:
+    pass
 
 
 @pytest.fixture
@@ -26,15 +23,3 @@ def no_caches() -> Iterator[None]:
         torch._inductor.config.patch(fx_graph_cache=False),
     ):
         yield
-
-
-def _forget() -> None:
-    if "torch._dynamo" not in sys.modules:
-        return
-    import torch._dynamo
-
-    from laconic.codegen import reset_stats
-
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    reset_stats()
