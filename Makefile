@@ -11,10 +11,10 @@ demo: $(READY)
 	$(BIN)/python examples/demo.py build/demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n $(JOBS) -q
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -q
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -n $(JOBS) -q -m slow
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -q -m slow
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -q -m gpu
