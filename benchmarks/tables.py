@@ -215,7 +215,12 @@ def zoo() -> str:
             f"| [{card['name']}](checkpoints/{card['name']}/README.md) | {size} | {said} | {against} | {better} |"
         )
     return "\n".join(
-        [*lines, "", "95 % intervals by package, digit or group. `laconic eval zoo:NAME` measures them again."]
+        [
+            *lines,
+            "",
+            "95 % intervals by package, digit or group. `laconic eval zoo:NAME` gives the third column, "
+            "`python -m laconic.models.card NAME` all.",
+        ]
     )
 
 

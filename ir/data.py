@@ -99,7 +99,11 @@ def running(where: str) -> Iterator[None]:
         yield
     except (IndexError, RuntimeError) as problem:
         why = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-        raise UsageError("the model does not take these values", where=where, why=why) from problem
+        hint = ""
+        if isinstance(problem, IndexError):
+            why = f"an id is none of the table that it is looked up in ({why})"
+            hint = "the data is made for another model, or by another tokenizer"
+        raise UsageError("the model does not take these values", where=where, why=why, hint=hint) from problem
 
 
 def refuse_overlap(data: Data, calibration: Data) -> None:

@@ -74,7 +74,8 @@ def measure(
     for k in range(len(data)):
         batch = data.batch(k)
         for each in measured.values():
-            each.take(batch, data.place(k))
+            own = each is turns[0]
+            each.take(batch, data.place(k) if own else f"{data.place(k)}, given to the model that is compared with")
         for found, each in list(zip(sums, turns, strict=True))[:: -1 if k % 2 else 1]:
             for metric in metrics:
                 if metric.name in found:
@@ -137,8 +138,9 @@ def _collect(found: dict[str, list[float]], part: Parts, batch: Batch, k: int) -
 
 
 def _units(by_unit: Mapping[str, list[float]]) -> Units:
-    pairs = np.array(list(by_unit.values()), dtype=np.float64).reshape(-1, 2)
-    return Units(tuple(by_unit), pairs[:, 0], pairs[:, 1])
+    names = sorted(by_unit)  # what is drawn does not depend on who came first
+    pairs = np.array([by_unit[name] for name in names], dtype=np.float64).reshape(-1, 2)
+    return Units(tuple(names), pairs[:, 0], pairs[:, 1])
 
 
 def figure(metric: Metric, units: Units, *, seed: int = 0) -> Figure:

@@ -143,7 +143,7 @@ def common_dtype(path: Path, tensors: dict[str, torch.Tensor]) -> torch.dtype:
     for position, kind in enumerate(sorted(kinds, key=str)):
         common = torch.promote_types(common, kind) if position else kind
     if len(kinds) > 1:
-        log.warning("%s: weights of %s are all loaded as %s", path, ", ".join(sorted(map(str, kinds))), common)
+        log.info("%s: weights of %s are all loaded as %s", path, ", ".join(sorted(map(str, kinds))), common)
     return common
 
 

@@ -25,7 +25,7 @@ from laconic.ir.metrics.registry import load as load_metric
 from laconic.ir.program import Program
 from laconic.ir.quality import Units, difference, figure
 from laconic.machine import machine
-from laconic.models import corpus, datasets, text_figures, tokenizer, trained, zoo
+from laconic.models import canvas, corpus, datasets, minilm, text_figures, tokenizer, trained, zoo
 from laconic.models.canvas import EMPTY, GRID, QUADRANTS
 from laconic.models.card_page import page
 from laconic.models.corpus import Split
@@ -35,6 +35,7 @@ from laconic.models.vit import SIDE, right_digits
 from laconic.sources import capture_source
 
 _BATCH = 8
+_HELD_OUT = (Split.CALIBRATION, Split.SELECTION, Split.TEST)
 
 
 # Text
@@ -75,7 +76,14 @@ def _text(name: str, work: Path) -> dict[str, Any]:
         found["kneser_ney"][str(kind)] = {"all": predicted.against(every), "novel": predicted.against(predicted.novel)}
     if hasattr(model.model.layers[0].mlp, "gate"):
         found["router"] = _router(model)
-    found["training_tokens"] = tokenizer.training_stream(work)[1]
+    stream, digest = tokenizer.training_stream(work)
+    found["data"] = {
+        "text": "Python's standard library",
+        "python": corpus.recorded()["python"],
+        "training": {"documents": len(corpus.training_documents()), "tokens": len(stream), "sha256": digest},
+        "documents": {str(kind): corpus.recorded()["documents"][kind] for kind in _HELD_OUT},
+        "sha256": {str(kind): corpus.recorded()["sha256"][kind] for kind in _HELD_OUT},
+    }
     return found
 
 
@@ -121,14 +129,19 @@ def _novel(window: Window) -> NDArray[np.bool_]:
 
 
 def _router(model: Any) -> dict[str, Any]:
-    ids, _ = tokenizer.encode(corpus.committed(Split.SELECTION))
-    load = text_figures.expert_load(model, torch.from_numpy(ids), WINDOW).double()
-    share = load / load.mean(1, keepdim=True)
-    found: dict[str, Any] = {
-        "load": [[round(x, 3) for x in row] for row in share.tolist()],
-        "max_over_mean": float(share.max()),
-        "min_over_mean": float(share.min()),
-    }
+    """Loads of the experts over the mean of their layer, on all of a split and on one document of it."""
+    found: dict[str, Any] = {}
+    for kind in (Split.SELECTION, Split.TEST):
+        own = [torch.from_numpy(tokenizer.encode([document])[0]) for document in corpus.committed(kind)]
+        loads = torch.stack([text_figures.expert_load(model, ids, WINDOW) for ids in own]).double()
+        share = loads.sum(0) / loads.sum(0).mean(1, keepdim=True)
+        worst = (loads / loads.mean(2, keepdim=True)).amax((1, 2))
+        found[str(kind)] = {
+            "load": [[round(x, 3) for x in row] for row in share.tolist()],
+            "max_over_mean": float(share.max()),
+            "min_over_mean": float(share.min()),
+            "of_one_document": {"median": float(worst.median()), "greatest": float(worst.max())},
+        }
     gate = model.model.layers[0].mlp.gate
     if hasattr(gate, "e_score_correction_bias"):
         biases = [layer.mlp.gate.e_score_correction_bias.tolist() for layer in model.model.layers]
@@ -169,23 +182,21 @@ def _reading(name: str, kind: Split) -> dict[str, Any]:
 
 
 def _by_digit(right: torch.Tensor, present: torch.Tensor, digits: torch.Tensor) -> Units:
-    names, index = np.unique(digits[present].numpy(), return_inverse=True)
+    names, index = np.unique(digits[present].numpy().astype(np.str_), return_inverse=True)
     sums = np.bincount(index, weights=right[present].double().numpy()).astype(np.float64)
-    return Units(tuple(map(str, names)), sums, np.bincount(index).astype(np.float64))
+    return Units(tuple(names.tolist()), sums, np.bincount(index).astype(np.float64))
 
 
 # The card
 
 
-def write_card(name: str, work: Path) -> dict[str, Any]:
-    """Measure a model and write card.json and README.md into its folder; that of minilm holds nothing else.
+def measured(name: str, work: Path) -> dict[str, Any]:
+    """The card of a model, measured now. `work` is where the training tokens are kept.
 
-    `work` is where the training tokens are kept. Raises ModelError if the model is not here, UsageError if there is no
-    such model.
+    Raises ModelError if the model is not here, UsageError if there is no such model.
     """
     source = zoo.load(name)
     program = capture_source(source)
-    folder = trained.FOLDER / name
     weights = (zoo.folder(name) / "model.safetensors").read_bytes()
     card: dict[str, Any] = {
         "schema": 1,
@@ -199,12 +210,25 @@ def write_card(name: str, work: Path) -> dict[str, Any]:
         card |= _text(name, work)
     elif name in ("vit", "vlm"):
         card["reading"] = {str(kind): _reading(name, kind) for kind in (Split.SELECTION, Split.TEST)}
-    training = json.loads((folder / "training.json").read_text(encoding="utf-8")) if name in zoo.TRAINED else None
-    if training:
+        card["data"] = canvas.recorded() | {"canvases": {str(kind): datasets.CANVASES for kind in _HELD_OUT}}
+    else:
+        card["data"] = minilm.recorded()
+    if name in zoo.TRAINED:
+        training = json.loads((trained.FOLDER / name / "training.json").read_text(encoding="utf-8"))
         card["training"] = {key: training[key] for key in ("seed", "steps", "seconds")}
+    return card
+
+
+def write_card(name: str, work: Path) -> dict[str, Any]:
+    """Measure a model and write card.json and README.md into its folder; that of minilm holds nothing else. Raises what
+    `measured` raises."""
+    card, folder = measured(name, work), trained.FOLDER / name
+    curve = []
+    if name in zoo.TRAINED:
+        curve = json.loads((folder / "training.json").read_text(encoding="utf-8"))["curve"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(page(card, training["curve"] if training else []), encoding="utf-8")
+    (folder / "README.md").write_text(page(card, curve), encoding="utf-8")
     return card
 
 

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -228,10 +229,15 @@ def committed(kind: Split) -> list[Document]:
             f"the {kind} split is not here", where=str(path), why="it comes with the repository, not with the package"
         )
     data = path.read_bytes()
-    listed = json.loads((FOLDER / "splits.json").read_text(encoding="utf-8"))
-    if hashlib.sha256(data).hexdigest() != listed["sha256"][str(kind)]:
+    if hashlib.sha256(data).hexdigest() != recorded()["sha256"][str(kind)]:
         raise ModelError(f"{path} is not the file that was committed", hint="get it again from the repository")
     return [Document(**json.loads(line)) for line in data.decode("utf-8").splitlines()]
+
+
+def recorded() -> dict[str, Any]:
+    """What was written down when the splits were made: the Python, documents and packages of each, their hashes."""
+    found: dict[str, Any] = json.loads((FOLDER / "splits.json").read_text(encoding="utf-8"))
+    return found
 
 
 def write_splits(folder: Path = FOLDER) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-
 import torch
 
 from laconic.data.named import ListedData
@@ -20,7 +17,8 @@ from laconic.models.corpus import Split, committed
 TEXT = ("llama-mha", "llama-gqa", "moe", "moe-sigmoid")
 
 _SPLITS = (Split.CALIBRATION, Split.SELECTION, Split.TEST)
-_CANVASES = 512
+#: How many canvases a split of vit or vlm has.
+CANVASES = 512
 #: Seeds of the canvases of each split.
 _SEEDS = {Split.CALIBRATION: 3_000_000, Split.SELECTION: 1_000_000, Split.TEST: 4_000_000}
 
@@ -28,30 +26,22 @@ _SEEDS = {Split.CALIBRATION: 3_000_000, Split.SELECTION: 1_000_000, Split.TEST: 
 def zoo_data(name: str, split: str, program: Program, *, batch: int = 8) -> Data:
     """The data of a reference model. Raises UsageError for an unknown name or split."""
     if split not in list(_SPLITS):
-        raise UsageError(f"there is no split {split!r}", hint=did_you_mean(split, list(_SPLITS)))
+        raise UsageError(f"there is no split {split!r}", hint=did_you_mean(split, list(map(str, _SPLITS))))
     kind = Split(split)
     said = f"zoo:{name}:{kind}"
     if name in TEXT:
         texts = [Text(document.text, document.group) for document in committed(kind)]
         return TextData(said, texts, tokenizer.FOLDER / "tokenizer.json", program, batch=batch)
     if name == "vit":
-        return _Drawn(said, _vit_batches(kind, batch), kind)
+        return ListedData(said, _vit_batches(kind, batch))
     if name == "vlm":
-        return _Drawn(said, _vlm_batches(kind, batch, program), kind)
+        return ListedData(said, _vlm_batches(kind, batch, program))
     if name == "minilm":
         return _Sentences(said, kind, batch)
     raise UsageError(f"there is no data zoo:{name}", hint=did_you_mean(name, [*TEXT, "vit", "vlm", "minilm"]))
 
 
-class _Drawn(ListedData):
-    """Canvases. Those of two splits share no digit, so they overlap only if they are of the same split."""
-
-    def __init__(self, name: str, batches: Sequence[Batch], kind: Split) -> None:
-        super().__init__(name, batches)
-        self.samples = frozenset({hashlib.sha256(str(kind).encode()).hexdigest()})
-
-
-def draw(kind: Split, layout: Layout, count: int = _CANVASES) -> Canvases:
+def draw(kind: Split, layout: Layout, count: int = CANVASES) -> Canvases:
     """The canvases of a split, the same every time."""
     return canvas.draw(kind, layout, count, _SEEDS[kind])
 

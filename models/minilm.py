@@ -6,6 +6,7 @@ Six BERT layers, then the mean over the tokens that are not padding, then a unit
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from functools import cache
 from importlib.resources import files
@@ -129,6 +130,12 @@ def groups() -> list[list[str]]:
     """English sentences, 3 to 67 words long, in groups of 4 or 5 about one subject each."""
     text = (files("laconic.models") / "data" / "sentences.txt").read_text(encoding="utf-8")
     return [block.splitlines() for block in text.strip().split("\n\n")]
+
+
+def recorded() -> dict[str, Any]:
+    """What is measured on: the groups of sentences, and the hash of all."""
+    text = (files("laconic.models") / "data" / "sentences.txt").read_bytes()
+    return {"groups": len(groups()), "sentences": len(sentences()), "sha256": hashlib.sha256(text).hexdigest()}
 
 
 def sentences() -> list[str]:

@@ -23,7 +23,7 @@ from laconic.ir.program import Kind, Program
 from laconic.ir.statistics.base import Statistics
 from laconic.ir.statistics.likeness import CLOSE
 from laconic.ir.structure import entry_structure
-from laconic.ir.structure.likeness import alike, likeness
+from laconic.ir.structure.likeness import Likeness, alike, likeness
 from laconic.ir.structure.records import Moe
 from laconic.ir.types import nbytes
 
@@ -108,6 +108,11 @@ class _Reader:
     def _place(self, node: fx.Node) -> str:
         return str(self._program.site(node) or f"%{node.name}")
 
+    def _module(self, node: fx.Node) -> str:
+        """The user's module that a node belongs to."""
+        site = self._program.site(node)
+        return site.module if site is not None and site.module else f"%{node.name}"
+
     def _cost(self, nodes: Iterable[fx.Node]) -> tuple[int, int]:
         """Bytes of the weights that nobody but these nodes reads, and the nodes' FLOPs."""
         inside = set(nodes)
@@ -172,7 +177,7 @@ class _Reader:
         rows = []
         for names in groups.values():
             values = [self._program.weights[name].value for name in names]
-            for pair in alike([[value] for value in values]):
+            for pair in _near(alike([[value] for value in values])):
                 named = f"{names[pair.a]} and {names[pair.b]}"
                 rows.append(Finding("matrices", named, pair.distance, nbytes(values[0]), 0, min(1.0, pair.distance)))
         return Table("alike matrices", "distance of two matrices, relative to their size", _sorted(rows)[:50])
@@ -209,7 +214,7 @@ class _Reader:
             pairs = self._statistics[statistic]["pairs"]
             together = pairs / pairs.diagonal()[:, None].clamp(min=1)
             yield Table(
-                f"experts of site {moe.site}",
+                f"experts of {self._module(moe.node)}",
                 "load: 1 if all were used alike; the matrix has the share of one's tokens that go to another one too",
                 _sorted(rows),
                 tuple(tuple(row) for row in together.tolist()),
@@ -222,7 +227,7 @@ class _Reader:
         for moe, statistic in evidence.experts:
             counts = self._statistics.mean(statistic, "counts")
             matrices, size = expert_matrices(self._program, moe), self._expert_bytes(moe)
-            for pair in alike(matrices) if matrices else ():
+            for pair in _near(alike(matrices)) if matrices else ():
                 used = float(torch.minimum(counts[pair.a], counts[pair.b]))
                 what = f"experts {pair.a} and {pair.b}"
                 risk = min(1.0, pair.distance * used)
@@ -286,6 +291,11 @@ def _numbered(what: str, numbers: Sequence[int]) -> str:
     shown = ", ".join(map(str, numbers[:_NAMED]))
     more = f" and {len(numbers) - _NAMED} more" if len(numbers) > _NAMED else ""
     return f"{what}{'s' if len(numbers) > 1 else ''} {shown}{more}"
+
+
+def _near(pairs: Iterable[Likeness]) -> list[Likeness]:
+    """Those that have something in common: two of equal size that have nothing are 1.41 apart."""
+    return [pair for pair in pairs if pair.distance < 1.0]
 
 
 def _sorted(rows: Iterable[Finding]) -> tuple[Finding, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,14 +14,19 @@ from safetensors import safe_open
 from compiled import compiled
 from laconic.cli.main import run
 from laconic.codegen import stats
-from laconic.models import datasets, tokenizer, trained, zoo
-from laconic.models.canvas import GRID
+from laconic.data.load import load_data
+from laconic.data.named import NamedData
+from laconic.ir.data import refuse_overlap
+from laconic.ir.errors import UsageError
+from laconic.models import canvas, corpus, datasets, tokenizer, trained, zoo
+from laconic.models.canvas import GRID, QUADRANTS
+from laconic.models.card import measured
 from laconic.models.card_page import page
 from laconic.models.corpus import Split, committed
 from laconic.models.vlm import prompt
 
 DENSE, MIXTURES, VISION = ("llama-gqa", "llama-mha"), ("moe", "moe-sigmoid"), ("vit", "vlm")
-TRAINED, NAMES = tuple(zoo.TRAINED), tuple(zoo.names())
+DECODERS, TRAINED, NAMES = DENSE + MIXTURES, tuple(zoo.TRAINED), tuple(zoo.names())
 CARDS: dict[str, dict[str, Any]] = {
     name: json.loads((trained.FOLDER / name / "card.json").read_text(encoding="utf-8")) for name in NAMES
 }
@@ -42,6 +48,90 @@ def test_checkpoints_are_small_and_those_of_the_cards() -> None:
         assert all(key.endswith("e_score_correction_bias") for key in other)
     assert max(sizes.values()) <= 14e6
     assert sum(sizes.values()) <= 36e6
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_decoder_has_the_shape_that_passes_need(name: str) -> None:
+    config = trained.load(name).config
+    heads, caches = config.num_attention_heads, config.num_key_value_heads
+    width = config.head_dim if name != "moe-sigmoid" else config.qk_head_dim
+    assert config.max_position_embeddings >= 512
+    assert width % 64 == 0
+    if name == "llama-mha":
+        assert (heads, config.num_hidden_layers >= 10, config.hidden_size % 128) == (caches, True, 0)
+    elif name == "llama-gqa":
+        assert config.hidden_size > 2 * caches * width
+    else:
+        experts = getattr(config, "n_routed_experts", None) or config.num_local_experts
+        assert (config.num_hidden_layers, experts, config.num_experts_per_tok, config.norm_topk_prob) == (
+            6,
+            16,
+            2,
+            True,
+        )
+    if name == "moe-sigmoid":
+        assert (config.n_group, config.topk_group, config.n_shared_experts, config.v_head_dim % 64) == (4, 2, 1, 0)
+
+
+def test_image_models_have_196_patches_and_a_class_token() -> None:
+    vit, vlm = trained.load("vit"), trained.load("vlm")
+    tower = next(part for part in vlm.modules() if type(part).__name__ == "ViTEmbeddings")
+    for embeddings in (vit.vit.embeddings, tower):
+        assert embeddings.cls_token.numel() == 128
+        assert embeddings.position_embeddings.shape == (1, 197, 128)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_card_agrees_with_itself_and_with_the_training(name: str) -> None:
+    card = CARDS[name]
+    training = json.loads((trained.FOLDER / name / "training.json").read_text(encoding="utf-8"))
+    assert card["training"] == {key: training[key] for key in ("seed", "steps", "seconds")}
+    for split in SPLITS:
+        evaluated = {row["metric"]: row for row in card["eval"][split]}
+        if name in VISION:
+            read = card["reading"][split]
+            same = {key: pytest.approx(evaluated["top1"][key], abs=2e-3) for key in ("value", "low", "high")}
+            assert read["greedy"] == same
+            for half in (row for place, row in read.items() if place.startswith("half")):
+                assert half["loses"]["value"] == pytest.approx(read["greedy"]["value"] - half["read"]["value"])
+            continue
+        whole = card["kneser_ney"][split]["all"]
+        same = {key: pytest.approx(evaluated["nats"][key], rel=1e-6) for key in ("value", "low", "high")}
+        assert whole["model"] == same
+        for part in card["kneser_ney"][split].values():
+            assert part["better_by"]["value"] == pytest.approx(part["baseline"]["value"] - part["model"]["value"])
+    if name in VISION:
+        assert {key: card["data"][key] for key in ("digits", "sha256")} == canvas.recorded()
+    else:
+        assert card["data"]["sha256"] == corpus.recorded()["sha256"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_card_says_what_is_measured(name: str, tmp_path: Path) -> None:
+    found, said = measured(name, tmp_path), CARDS[name]
+    texts = [card["data"].get("training", {}).get("sha256") for card in (found, said)]
+    near = 1e-3 if texts[0] == texts[1] else 0.05  # the library of another Python, another baseline
+    assert leaves_of(found) == {key: near_to(value, near) for key, value in leaves_of(said).items()}
+
+
+def leaves_of(card: dict[str, Any]) -> dict[str, Any]:
+    """All that a card says, by path, but for the machine and what it hashes."""
+    found: dict[str, Any] = {}
+
+    def walk(value: Any, path: str) -> None:
+        pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+        for key, inner in pairs or ():
+            walk(inner, f"{path}.{key}")
+        if pairs is None and not path.startswith((".machine", ".data.training", ".data.python")):
+            found[path] = value
+
+    walk(card, "")
+    return found
+
+
+def near_to(value: Any, near: float) -> Any:
+    return pytest.approx(value, rel=near, abs=near) if isinstance(value, float) else value
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -69,11 +159,22 @@ def test_decoders_know_more_than_ngrams(name: str, least: float, novel: float) -
 @pytest.mark.parametrize("name", MIXTURES)
 def test_experts_are_in_balance_in_every_layer(name: str) -> None:
     router = CARDS[name]["router"]
-    assert max(max(row) for row in router["load"]) == pytest.approx(router["max_over_mean"], abs=1e-3)
-    assert router["max_over_mean"] < 2
-    assert router["min_over_mean"] > 0.2
-    if name == "moe-sigmoid":
-        assert all(any(abs(x) > 1e-3 for x in row) for row in router["selection_bias"])
+    for split in SPLITS:
+        load = router[split]["load"]
+        assert (len(load), {len(row) for row in load}) == (6, {16})
+        assert [sum(row) for row in load] == pytest.approx([16.0] * 6, abs=0.02)
+        assert max(map(max, load)) == pytest.approx(router[split]["max_over_mean"], abs=1e-3)
+        assert router[split]["max_over_mean"] < 2
+        assert router[split]["min_over_mean"] > 0.2
+
+
+def test_the_selection_bias_is_that_of_the_checkpoint_and_not_zero() -> None:
+    said = CARDS["moe-sigmoid"]["router"]["selection_bias"]
+    with safe_open(trained.FOLDER / "moe-sigmoid" / "model.safetensors", "pt") as file:
+        names = [f"model.layers.{k}.mlp.gate.e_score_correction_bias" for k in range(6)]
+        stored = [file.get_tensor(name).tolist() for name in names]
+    assert said == [pytest.approx(row, abs=1e-4) for row in stored]
+    assert all(max(map(abs, row)) > 0.1 for row in said)
 
 
 @pytest.mark.parametrize("name", VISION)
@@ -129,3 +230,14 @@ def _canvases() -> dict[str, torch.Tensor]:
     ids = prompt(2).clone()
     pixels = datasets.draw(Split.SELECTION, GRID, 2).pixels
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+
+def test_canvases_from_a_file_overlap_with_those_of_their_split(caplog: pytest.LogCaptureFixture) -> None:
+    program: Any = None  # canvases need none
+    drawn = NamedData("x.npz", {"pixel_values": datasets.draw(Split.TEST, QUADRANTS).pixels}, inputs=["pixel_values"])
+    refuse_overlap(load_data("zoo:vit:selection", program, split="test"), drawn)
+    assert not caplog.records
+    with pytest.raises(UsageError, match="overlaps the calibration set") as problem:
+        refuse_overlap(load_data("zoo:vit:test", program, split="calibration"), drawn)
+    assert problem.value.why == "512 of its 512 samples are in both"
+    assert "zoo:vit:test is a test split" in caplog.text

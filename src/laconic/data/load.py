@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from laconic.data.text import TextData, read_texts
 from laconic.ir.data import Data
 from laconic.ir.errors import UsageError
 from laconic.ir.program import Program
+
+log = logging.getLogger(__name__)
 
 FORMS = "zoo:NAME[:SPLIT], a .jsonl or .txt, a .safetensors or .npz, a folder of images, or package.module:callable"
 
@@ -26,6 +29,8 @@ def load_data(said: str | Path, program: Program, *, folder: Path | None = None,
         from laconic.models.datasets import zoo_data
 
         name, _, own = said.removeprefix("zoo:").partition(":")
+        if split == "calibration" and own == "test":
+            log.warning("%s is a test split: decisions that are made on it cannot be judged on it", said)
         return zoo_data(name, own or split, program, batch=batch)
     path = Path(said)
     if path.is_dir():
