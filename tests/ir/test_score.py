@@ -116,7 +116,8 @@ def test_gates_that_are_none(subject: tuple[Any, Program]) -> None:
 def test_a_hundred_candidates_cost_a_hundred_runs() -> None:
     _, program = captured(12)
     data = Ragged(lengths=(48,) * 16, rows=16)
-    assert len(boundaries(s := entry_structure(program, program.forward), s.runs[0])) == 13
+    structure = entry_structure(program, program.forward)
+    assert len(boundaries(structure, structure.runs[0])) == 13
     places = gates(program)
     score = Scorer(program, places, data, Nats())
     plain = Interpreter(program, [])
