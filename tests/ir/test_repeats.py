@@ -216,12 +216,15 @@ def test_planted_blocks_are_found_and_reports_are_true() -> None:
 
 
 def test_time_is_linear_in_the_number_of_nodes() -> None:
-    def seconds(count: int) -> float:
-        nodes = listing([("embed", ("x",)), *blocks(count)])
+    def once(nodes: Listing, count: int) -> float:
         start = time.process_time()
         (found,) = find_repeats(nodes)
         assert found.count == count
         return time.process_time() - start
+
+    def seconds(count: int) -> float:
+        nodes = listing([("embed", ("x",)), *blocks(count)])
+        return min(once(nodes, count) for _ in range(3))  # a collection of cycles may fall into one of them
 
     seconds(100)
     assert seconds(4000) < 16 * max(seconds(500), 0.01)
