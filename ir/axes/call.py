@@ -1,0 +1,139 @@
+"""A call as its rule sees it: what it takes and returns, and what a rule may say of the axes of both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
+
+from torch import fx
+
+from laconic.ir.axes.dims import Dim, Pin, fresh, pin, size_of
+from laconic.ir.axes.labels import Axes, Domain, Label, Literal, Place, Resplit, Several
+from laconic.ir.traits import argument
+from laconic.ir.types import Size, TensorType, TupleType, same_size, type_of
+
+Rule: TypeAlias = Callable[["Call"], "Label | Several | None"]
+
+
+class Call:
+    """A call on its way into the labels of its program."""
+
+    def __init__(self, axes: Axes, node: fx.Node) -> None:
+        self.axes, self.node = axes, node
+        self.type = type_of(node.meta["val"])
+
+    # What it takes and returns
+
+    def given(self, name: str) -> Any:
+        """An argument by its name in the schema, its default if it is not given."""
+        return argument(self.node, name)
+
+    def place(self, name: str, *more: int) -> Place | None:
+        """Where an argument stands in the node; None if it is not given."""
+        schema: Any = self.node.target._schema  # type: ignore[union-attr]
+        position = next(k for k, declared in enumerate(schema.arguments) if declared.name == name)
+        if position < len(self.node.args):
+            return ("args", position, *more)
+        return ("kwargs", name, *more) if name in self.node.kwargs else None
+
+    def dims(self, value: fx.Node) -> list[Dim]:
+        """The labels of an operand's axes."""
+        label = self.axes.labels[value]
+        assert isinstance(label, tuple)
+        return list(label)
+
+    def sizes(self, value: fx.Node) -> tuple[Size, ...]:
+        kind = type_of(value.meta["val"])
+        assert isinstance(kind, TensorType)
+        return kind.shape
+
+    def domain(self, value: fx.Node) -> Domain | None:
+        """What an operand's integers count, if that is known."""
+        return self.axes.domains.get((value, None))
+
+    @property
+    def shape(self) -> tuple[Size, ...]:
+        """The sizes of its one result."""
+        assert isinstance(self.type, TensorType)
+        return self.type.shape
+
+    @property
+    def shapes(self) -> list[tuple[Size, ...]]:
+        """The sizes of each of its results."""
+        assert isinstance(self.type, TupleType)
+        return [part.shape if isinstance(part, TensorType) else () for part in self.type.parts]
+
+    # What its rule says
+
+    def join(self, a: Dim, b: Dim) -> None:
+        self.axes.join(a, b, self.node)
+
+    def pin(self, dims: Iterable[Dim], kind: Pin, reason: str) -> None:
+        for dim in dims:
+            pin(dim, kind, reason, self.node)
+
+    def literal(self, place: Place | None, dim: Dim, times: int = 1, plus: int = 0) -> None:
+        """A number among the arguments spells `times` * the size of an axis `plus` something."""
+        if place is not None and dim:
+            self.axes.literals.append(Literal(self.node, place, dim, times, plus))
+
+    def spells(self, name: str, dims: Sequence[Dim]) -> None:
+        """A list of sizes among the arguments, one an axis; -1 stays as it is."""
+        for k, (said, dim) in enumerate(zip(self.given(name), dims, strict=True)):
+            if not (isinstance(said, int) and said == -1):
+                self.literal(self.place(name, k), dim)
+
+    def resplit(self, axis: int, parts: Sequence[Dim]) -> None:
+        self.axes.resplits.append(Resplit(self.node, axis, tuple(parts)))
+
+    def observe(self, value: Any, reason: str = "its positions are used as numbers") -> None:
+        """An operand's integers are used for something else than choosing positions."""
+        if isinstance(value, fx.Node):
+            self.axes.observe(self.domain(value), self.node, reason)
+
+    def counts(self, dim: Dim, *, output: int | None = None, origin: fx.Node | None = None) -> None:
+        """The integers of its result, or of that result of it, are positions of an axis."""
+        self.axes.domains[self.node, output] = Domain(dim, origin)
+
+    def counts_as(self, value: fx.Node, *, output: int | None = None) -> None:
+        """Its result counts what an operand counts."""
+        domain = self.domain(value)
+        if domain is not None:
+            self.axes.domains[self.node, output] = domain
+
+    def indexed(self, dim: Dim, index: fx.Node) -> None:
+        """Integers choose positions of an axis: of the one that they count, or of who knows which."""
+        domain = self.domain(index)
+        if domain is not None and same_size(size_of(domain.dim), size_of(dim)):
+            self.join(domain.dim, dim)
+            if domain.origin is not None:
+                self.axes.indexing.setdefault(domain.origin, self.node)
+            return
+        self.observe(index, "its positions index an axis of another size")
+        self.pin([dim], Pin.DATA_INDEX, "chosen by values that are known at run time only")
+
+    def opaque(self, reason: str) -> Label | Several | None:
+        """No freedom for any axis that it takes or returns."""
+        self.axes.unknown.setdefault(self.node, reason)
+        for value in self.node.all_input_nodes:
+            self.observe(value, reason)
+            for label in flat(self.axes.labels.get(value)):
+                self.pin(label, Pin.OPAQUE, reason)
+        found = self.axes.fresh_like(self.type)
+        for label in flat(found):
+            self.pin(label, Pin.OPAQUE, reason)
+        return found
+
+    def fresh(self, sizes: Iterable[Size], kind: Pin | None = None, reason: str = "") -> Label:
+        """New axes, pinned if a kind is given."""
+        found = tuple(map(fresh, sizes))
+        if kind is not None:
+            self.pin(found, kind, reason)
+        return found
+
+
+def flat(label: Label | Several | None) -> list[Label]:
+    """The labels of one value, or of each value of several."""
+    if label is None:
+        return []
+    return [part for part in label.parts if part is not None] if isinstance(label, Several) else [label]

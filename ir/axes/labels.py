@@ -1,0 +1,95 @@
+"""What the analysis finds: a label for every axis, and the numbers in the graph that spell their sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from torch import fx
+
+from laconic.ir.axes.dims import Dim, Pin, fresh, join, pin
+from laconic.ir.program import Program
+from laconic.ir.types import TensorType, TupleType, ValueType
+
+#: The dims of a value, one an axis.
+Label: TypeAlias = tuple[Dim, ...]
+#: The way to a number in a call: ("args", 1, 0), ("kwargs", "size", 0).
+Place: TypeAlias = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Several:
+    """The labels of a call with several results; None where there is no tensor."""
+
+    parts: tuple[Label | None, ...]
+
+
+@dataclass(frozen=True)
+class Literal:
+    """A number in a call that is `times * size of dim + plus`."""
+
+    node: fx.Node
+    place: Place
+    dim: Dim
+    times: int = 1
+    plus: int = 0
+
+
+@dataclass(frozen=True)
+class Resplit:
+    """A call that cuts an axis into parts of equal size, and the parts: once they differ it must name their sizes."""
+
+    node: fx.Node
+    axis: int
+    parts: tuple[Dim, ...]
+
+
+@dataclass(frozen=True)
+class Domain:
+    """What integers count: positions of an axis. `origin` is the arange that made them, if one did."""
+
+    dim: Dim
+    origin: fx.Node | None = None
+
+
+@dataclass
+class Axes:
+    """The labels of a program, which must not change while they are in use.
+
+    `rows` are those of the weight table, one for all entries. `counted` holds the aranges whose values are used as
+    numbers, and where; `indexing` those that choose positions. `scales` are the attention calls whose scale is the
+    default, and the axis that it comes from. `unknown` are the calls without a rule, with the reason; `misfits` those
+    at which axes did not align.
+    """
+
+    program: Program
+    labels: dict[fx.Node, Label | Several | None] = field(default_factory=dict)
+    rows: dict[str, Label] = field(default_factory=dict)
+    literals: list[Literal] = field(default_factory=list)
+    resplits: list[Resplit] = field(default_factory=list)
+    scales: list[tuple[fx.Node, Dim]] = field(default_factory=list)
+    domains: dict[tuple[fx.Node, int | None], Domain] = field(default_factory=dict)
+    counted: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    indexing: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    unknown: dict[fx.Node, str] = field(default_factory=dict)
+    misfits: list[fx.Node] = field(default_factory=list)
+
+    def join(self, a: Dim, b: Dim, node: fx.Node) -> None:
+        if not join(a, b, node):
+            self.misfits.append(node)
+
+    def observe(self, domain: Domain | None, node: fx.Node, reason: str) -> None:
+        """Integers that count positions are used as numbers."""
+        if domain is not None and domain.origin is not None:
+            self.counted.setdefault(domain.origin, node)
+        elif domain is not None:
+            pin(domain.dim, Pin.OBSERVED, reason, node)
+
+    def fresh_like(self, kind: ValueType | None) -> Label | Several | None:
+        """New axes for values of this type."""
+        if isinstance(kind, TensorType):
+            return tuple(map(fresh, kind.shape))
+        if isinstance(kind, TupleType):
+            parts = [self.fresh_like(part) for part in kind.parts]
+            return Several(tuple(None if isinstance(part, Several) else part for part in parts))
+        return None

@@ -1,0 +1,151 @@
+"""What holds the analysis of axes to the truth: a program whose positions were moved computes the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from laconic.ir.axes.analysis import analyse
+from laconic.ir.axes.dims import Factor, factors
+from laconic.ir.axes.labels import Axes
+from laconic.ir.axes.positions import old_positions
+from laconic.ir.axes.rewrite import changing, free, rewrite
+from laconic.ir.capture import capture_module
+from laconic.ir.inputs import cases
+from laconic.ir.program import Program
+from laconic.ir.run import evaluate
+from laconic.ir.verify import verify, verify_rewrite
+
+#: A result that moves by less than this share of its greatest value did not react.
+SILENT = 1e-4
+
+
+class Written(nn.Module):
+    """A module of named parameters and a function of them."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], function: Callable[..., Any]) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(*shape, generator=generator) / 2))
+        self.function = function
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        return self.function(self, *inputs)
+
+
+def captured(
+    shapes: Mapping[str, tuple[int, ...]], function: Callable[..., Any], inputs: Sequence[torch.Tensor]
+) -> Program:
+    return capture_module(Written(shapes, function).eval(), tuple(inputs), {}, None, check=False)
+
+
+def results(program: Program) -> list[torch.Tensor]:
+    """All that an entry returns and updates, for the largest of a few drawn inputs."""
+    found: list[torch.Tensor] = []
+    for entry in program.entries.values():
+        drawn = max(cases(program, entry, 4), key=lambda case: sum(t.numel() for t in case.inputs))
+        found += [t for t in evaluate(program, entry, drawn.inputs).tensors().values() if isinstance(t, torch.Tensor)]
+    return found
+
+
+def distance(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> float:
+    """The largest difference, relative to the largest value of its tensor."""
+    worst = 0.0
+    for a, b in zip(ours, theirs, strict=True):
+        if a.shape != b.shape:
+            return float("inf")
+        if a.numel():
+            scale = float(b.double().abs().max()) or 1.0
+            worst = max(worst, float((a.double() - b.double()).abs().max()) / scale)
+    return worst
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What became of a permutation: how far the results moved, and how far if only one weight had been permuted. Where
+    not even that shows, the trial says nothing."""
+
+    factor: Factor
+    moved: float
+    fault: float
+
+    @property
+    def void(self) -> bool:
+        return self.fault < SILENT
+
+
+def permuted(axes: Axes, factor: Factor, generator: torch.Generator) -> list[int]:
+    """A permutation of a factor's positions that is not the identity."""
+    while True:
+        order = torch.randperm(factor.size, generator=generator).tolist()
+        if order != sorted(order):
+            return order
+
+
+def try_permutations(program: Program, *, seed: int = 0) -> tuple[Axes, list[Tried]]:
+    """Permute each free axis by itself, and all at once (the last trial)."""
+    axes, base = analyse(program), results(program)
+    generator = torch.Generator().manual_seed(seed)
+    chosen = {f: permuted(axes, f, generator) for f in changing(axes) if free(f) and isinstance(f.size, int)}
+    found = []
+    for factor, order in chosen.items():
+        moved = rewrite(axes, {factor: order}, by="test")
+        verify(moved)
+        verify_rewrite(program, moved)
+        found.append(Tried(factor, distance(results(moved), base), _fault(axes, factor, order, base)))
+    if chosen:
+        together = rewrite(axes, chosen, by="test")
+        found.append(Tried(next(iter(chosen)), distance(results(together), base), 1.0))
+    return axes, found
+
+
+def _fault(axes: Axes, factor: Factor, order: list[int], base: list[torch.Tensor]) -> float:
+    """How far the results move if only one weight is permuted, whichever moves them most."""
+    worst = 0.0
+    for name, label in axes.rows.items():
+        own = [k for k, dim in enumerate(label) if factor in set(factors(dim))]
+        if not own or worst > SILENT:
+            continue
+        broken = axes.program.clone()
+        value = broken.weights[name].value.detach()
+        for k in own:
+            value = value.index_select(k, old_positions(label[k], {factor: order}))
+        broken.weights[name] = replace(broken.weights[name], value=value)
+        worst = max(worst, distance(results(broken), base))
+    return worst
+
+
+def try_shrinks(program: Program, *, seed: int = 0) -> tuple[Axes, list[Tried]]:
+    """Leave out half of each axis that has no pin, with all weights zero there before; beside the difference from that
+    model, how far zeroing itself moved the results."""
+    axes, base = analyse(program), results(program)
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for factor in [f for f in changing(axes) if not f.pins and isinstance(f.size, int)]:
+        keep = sorted(torch.randperm(factor.size, generator=generator).tolist()[: (factor.size + 1) // 2])
+        masked = analyse(zeroed(axes, factor, keep))
+        twin = next(f for f, own in zip(changing(masked), changing(axes), strict=True) if own is factor)
+        small = rewrite(masked, {twin: keep}, by="test")
+        verify(small)
+        expected = results(masked.program)
+        found.append(Tried(factor, distance(results(small), expected), distance(expected, base)))
+    return axes, found
+
+
+def zeroed(axes: Axes, factor: Factor, keep: Sequence[int]) -> Program:
+    """The program with zeros in all weights at the positions of a factor that are not kept."""
+    made = axes.program.clone()
+    for name, label in axes.rows.items():
+        value = made.weights[name].value.detach()
+        for k, dim in enumerate(label):
+            if factor in set(factors(dim)) and value.is_floating_point():
+                mask = torch.zeros(value.shape[k])
+                mask[old_positions(dim, {factor: keep})] = 1.0
+                value = value * mask.reshape([-1 if k == n else 1 for n in range(value.dim())])
+        made.weights[name] = replace(made.weights[name], value=value)
+    return made
