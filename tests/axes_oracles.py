@@ -16,12 +16,12 @@ from laconic.ir.axes.positions import old_positions
 from laconic.ir.axes.rewrite import changing, free, rewrite
 from laconic.ir.capture import capture_module
 from laconic.ir.inputs import cases
+from laconic.ir.precise import evaluate_precise
 from laconic.ir.program import Program
-from laconic.ir.run import evaluate
 from laconic.ir.verify import verify, verify_rewrite
 
 #: A result that moves by less than this share of its greatest value did not react.
-SILENT = 1e-4
+SILENT = 1e-6
 
 
 class Written(nn.Module):
@@ -45,11 +45,12 @@ def captured(
 
 
 def results(program: Program) -> list[torch.Tensor]:
-    """All that an entry returns and updates, for the largest of a few drawn inputs."""
+    """All that an entry returns and updates, for the largest of a few drawn inputs, computed in float64."""
     found: list[torch.Tensor] = []
     for entry in program.entries.values():
         drawn = max(cases(program, entry, 4), key=lambda case: sum(t.numel() for t in case.inputs))
-        found += [t for t in evaluate(program, entry, drawn.inputs).tensors().values() if isinstance(t, torch.Tensor)]
+        outcome = evaluate_precise(program, entry, drawn.inputs)
+        found += [value for value in outcome.tensors().values() if isinstance(value, torch.Tensor)]
     return found
 
 

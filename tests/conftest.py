@@ -1,6 +1,7 @@
 """Makes the helpers of this folder importable by every test, gives what they compile a cache folder of its own, and
 undoes what commands do to logging."""
 
+import gc
 import logging
 import sys
 from collections.abc import Iterator
@@ -32,6 +33,16 @@ def _reset_logging() -> None:
         if isinstance(log, logging.Logger) and name.split(".")[0] == "laconic":
             log.setLevel(logging.NOTSET)
             log.propagate, log.handlers = True, []
+
+
+@pytest.fixture
+def quick_collections() -> Iterator[None]:
+    """What other tests of this process left behind is not looked at when cycles are collected: that takes a second, and
+    may fall into what is timed."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -215,6 +215,7 @@ def test_planted_blocks_are_found_and_reports_are_true() -> None:
         assert sum(repeat.saved for repeat in found) >= (count - 2) * period, (seed, head, period, count)
 
 
+@pytest.mark.usefixtures("quick_collections")
 def test_time_is_linear_in_the_number_of_nodes() -> None:
     def once(nodes: Listing, count: int) -> float:
         start = time.process_time()

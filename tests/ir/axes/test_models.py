@@ -65,5 +65,5 @@ def test_shrunk_programs_compute_what_masked_ones_do(subject: tuple[str, Program
 
 def _held(tried: list[Tried]) -> None:
     assert tried
-    assert max(trial.moved for trial in tried) < 2e-5
+    assert max(trial.moved for trial in tried) < 1e-10
     assert sum(not trial.void for trial in tried) >= 0.8 * len(tried)
