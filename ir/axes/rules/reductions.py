@@ -88,6 +88,19 @@ def in_order(call: Call) -> Any:
     return tuple(dims)
 
 
+@rule("aten.diff")
+def differences(call: Call) -> Label:
+    """Each element minus the one before it; what is put in front or behind stands on the same axis."""
+    value: fx.Node = call.node.args[0]  # type: ignore[assignment]
+    dims = call.dims(value)
+    axis = axis_of(call, value)
+    for operand in call.node.all_input_nodes:
+        call.observe(operand)
+        call.pin(call.dims(operand), Pin.ORDER, "differences along it")
+    (dims[axis],) = call.fresh([call.shape[axis]], Pin.ORDER, "differences along another axis")
+    return tuple(dims)
+
+
 def _ends_of_groups(node: fx.Node, value: fx.Node) -> bool:
     """Counts added up, which only say a grouped product where each group of rows ends."""
     while value.target in (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default):

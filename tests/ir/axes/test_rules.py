@@ -123,6 +123,7 @@ CASES = [
     Case("rotate half", {"a": (12, 8), "g": (12,), "c": (4, 12)}, through(lambda w, h: h + rotate_half(h) * w.g), (6,)),
     Case("overlapping slices", ONE, through(lambda w, h: torch.cat([h[:, :8] + h[:, 4:], h[:, 8:]], -1)), (4,)),
     Case("shifted slices", {"a": (12, 8), "c": (4, 11)}, through(lambda w, h: h[:, 1:] - h[:, :-1]), (), {}),
+    Case("differences", {"a": (12, 8), "c": (4, 11)}, through(lambda w, h: h.diff(dim=-1)), (), {12: {Pin.ORDER}}),
     Case("flip", ONE, through(lambda w, h: h + h.flip(-1)), (), {12: {Pin.ORDER}}),
     Case("roll", ONE, through(lambda w, h: h + h.roll(1, -1)), (), {12: {Pin.ORDER}}),
     Case("cumsum", ONE, through(lambda w, h: h.cumsum(-1)), (), {12: {Pin.ORDER}}),
