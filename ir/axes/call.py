@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, TypeAlias
 
 from torch import fx
@@ -27,6 +27,18 @@ class Call:
     def given(self, name: str) -> Any:
         """An argument by its name in the schema, its default if it is not given."""
         return argument(self.node, name)
+
+    def takes(self, name: str) -> bool:
+        """Whether the op has an argument of this name; overloads differ."""
+        schema: Any = self.node.target._schema  # type: ignore[union-attr]
+        return any(declared.name == name for declared in schema.arguments)
+
+    @property
+    def operand(self) -> fx.Node:
+        """Its first operand."""
+        value = self.node.args[0]
+        assert isinstance(value, fx.Node)
+        return value
 
     def place(self, name: str, *more: int) -> Place | None:
         """Where an argument stands in the node; None if it is not given."""
@@ -111,6 +123,11 @@ class Call:
             return
         self.observe(index, "its positions index an axis of another size")
         self.pin([dim], Pin.DATA_INDEX, "chosen by values that are known at run time only")
+
+    def without(self, dims: Sequence[Dim], axes: Collection[int]) -> Label:
+        """What a reduction over these axes leaves: nothing of them, or with `keepdim` axes of size 1."""
+        keep = self.takes("keepdim") and self.given("keepdim")
+        return tuple(() if k in axes else dim for k, dim in enumerate(dims) if keep or k not in axes)
 
     def opaque(self, reason: str) -> Label | Several | None:
         """No freedom for any axis that it takes or returns."""

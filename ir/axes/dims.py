@@ -10,7 +10,6 @@ divide, and links them. What cannot be aligned is pinned: that costs freedom, an
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -54,9 +53,6 @@ class Why:
     node: fx.Node | None = None
 
 
-_numbers = itertools.count()
-
-
 @dataclass(eq=False)
 class Factor:
     """A variable: `size` positions that are wherever this factor is. `link` is what it was found to be."""
@@ -66,7 +62,6 @@ class Factor:
     generation: int = 0
     link: Dim | None = None
     joined: int = 1
-    number: int = field(default_factory=lambda: next(_numbers))
 
 
 @dataclass(eq=False)

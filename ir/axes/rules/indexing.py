@@ -253,7 +253,7 @@ def argmax(call: Call) -> Label:
     axis = axis_of(call, value)
     call.pin([dims[axis]], Pin.TOPK, "the greatest along it is chosen")
     call.counts(dims[axis])
-    return tuple(() if k == axis else dim for k, dim in enumerate(dims) if k != axis or call.given("keepdim"))
+    return call.without(dims, [axis])
 
 
 @rule("aten.max.dim", "aten.min.dim", "aten.median.dim", "aten.kthvalue")
@@ -264,5 +264,5 @@ def extreme(call: Call) -> Several:
     axis = axis_of(call, value)
     call.pin([dims[axis]], Pin.COUNT, "an extreme along it")
     call.counts(dims[axis], output=1)
-    found = tuple(() if k == axis else dim for k, dim in enumerate(dims) if k != axis or call.given("keepdim"))
+    found = call.without(dims, [axis])
     return Several((found, found))

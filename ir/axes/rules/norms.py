@@ -23,8 +23,7 @@ def _over_last(call: Call) -> tuple[list[Dim], int]:
     dims = call.dims(call.given("input"))
     count = len(call.given("normalized_shape"))
     last = dims[len(dims) - count :]
-    named = {a.name for a in call.node.target._schema.arguments}  # type: ignore[union-attr]
-    for vector in _vectors(call, tuple(name for name in ("weight", "bias") if name in named)):
+    for vector in _vectors(call, tuple(name for name in ("weight", "bias") if call.takes(name))):
         for a, b in zip(vector, last, strict=True):
             call.join(a, b)
     call.pin(last, Pin.COUNT, "a norm over it")
@@ -48,8 +47,7 @@ def native_layer_norm(call: Call) -> Several:
 @rule("aten.native_batch_norm")
 def batch_norm(call: Call) -> Any:
     """Each channel by vectors of its own: statistics are constants here."""
-    named = {a.name for a in call.node.target._schema.arguments}  # type: ignore[union-attr]
-    if "training" in named and call.given("training"):
+    if call.takes("training") and call.given("training"):
         return call.opaque("batch norm that takes statistics of its input")
     dims = call.dims(call.given("input"))
     for vector in _vectors(call, ("weight", "bias", "running_mean", "running_var")):

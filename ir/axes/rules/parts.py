@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import sympy
-from torch import fx
 
 from laconic.ir.axes.call import Call
 from laconic.ir.axes.dims import Dim, Pin, Sum, fresh, order, size_of, sum_of
@@ -45,7 +44,7 @@ def window(call: Call, dim: Dim, start: Size, size: Size) -> tuple[Dim, Dim, Dim
 
 @rule("aten.slice", "aten.narrow")
 def slice_(call: Call) -> Label:
-    value: fx.Node = call.node.args[0]  # type: ignore[assignment]
+    value = call.operand
     call.counts_as(value)
     dims = call.dims(value)
     axis = axis_of(call, value)
@@ -56,10 +55,9 @@ def slice_(call: Call) -> Label:
 def _sliced(call: Call, dim: Dim, size: Size) -> Dim:
     """The label of a slice of an axis, whose size is known."""
     whole = size_of(dim)
-    named = {a.name for a in call.node.target._schema.arguments}  # type: ignore[union-attr]
-    step = call.given("step") if "step" in named else 1
+    step = call.given("step") if call.takes("step") else 1
     if same_size(size, whole) and step == 1:
-        return _whole(call, dim, named)
+        return _whole(call, dim)
     if step != 1:
         return _strided(call, dim, size, step)
     start = number(call.given("start")) or 0
@@ -72,9 +70,9 @@ def _sliced(call: Call, dim: Dim, size: Size) -> Dim:
         call.literal(call.place("start"), before)
     else:
         call.literal(call.place("start"), sum_of([inside, behind]), times=-1)
-    if "end" in named:
+    if call.takes("end"):
         _ends(call, before, inside, behind)
-    elif "length" in named:
+    elif call.takes("length"):
         call.literal(call.place("length"), inside)
     return inside
 
@@ -83,11 +81,11 @@ def _sign(value: Size) -> Any:
     return order(value, 0)
 
 
-def _whole(call: Call, dim: Dim, named: set[str]) -> Dim:
+def _whole(call: Call, dim: Dim) -> Dim:
     """A slice of everything: its end, if it is the size itself, follows it."""
-    end = call.given("end") if "end" in named else call.given("length")
+    end = call.given("end") if call.takes("end") else call.given("length")
     if end is not None and not (isinstance(end, int) and end >= _END):
-        call.literal(call.place("end" if "end" in named else "length"), dim)
+        call.literal(call.place("end" if call.takes("end") else "length"), dim)
     return dim
 
 
@@ -119,7 +117,7 @@ def _strided(call: Call, dim: Dim, size: Size, step: Any) -> Dim:
 
 @rule("aten.select.int")
 def select(call: Call) -> Label:
-    value: fx.Node = call.node.args[0]  # type: ignore[assignment]
+    value = call.operand
     call.counts_as(value)
     dims = call.dims(value)
     axis = axis_of(call, value)
@@ -140,7 +138,7 @@ def select(call: Call) -> Label:
 @rule("aten.split", "aten.unsafe_split", "aten.chunk", "aten.unsafe_chunk", "aten.split_with_sizes")
 @rule("aten.unsafe_split_with_sizes")
 def split(call: Call) -> Several:
-    value: fx.Node = call.node.args[0]  # type: ignore[assignment]
+    value = call.operand
     dims = call.dims(value)
     axis = axis_of(call, value)
     found = cut(call, dims[axis], [shape[axis] for shape in call.shapes])
@@ -157,7 +155,7 @@ def split(call: Call) -> Several:
 
 @rule("aten.unbind")
 def unbind(call: Call) -> Several:
-    value: fx.Node = call.node.args[0]  # type: ignore[assignment]
+    value = call.operand
     dims = call.dims(value)
     dim = dims.pop(axis_of(call, value))
     if len(call.shapes) > 1:
@@ -185,7 +183,7 @@ def cat(call: Call) -> Label:
 
 @rule("aten.constant_pad_nd", "aten.pad")
 def pad(call: Call) -> Label:
-    value: fx.Node = call.node.args[0]  # type: ignore[assignment]
+    value = call.operand
     call.observe(value)
     dims, amounts = call.dims(value), list(call.given("pad"))
     for k in range(len(amounts) // 2):
@@ -240,7 +238,7 @@ def scattered_window(call: Call) -> Label:
 
 @rule("aten.glu")
 def glu(call: Call) -> Label:
-    value: fx.Node = call.node.args[0]  # type: ignore[assignment]
+    value = call.operand
     dims = call.dims(value)
     axis = axis_of(call, value)
     half = call.shape[axis]

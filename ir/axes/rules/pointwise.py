@@ -58,16 +58,14 @@ def _elementwise(call: Call) -> Label:
     "aten.type_as",
 )
 def copied(call: Call) -> Label:
-    value = call.node.args[0]
-    assert isinstance(value, fx.Node)
+    value = call.operand
     call.counts_as(value)
     return tuple(call.dims(value))
 
 
 @rule("aten.zeros_like", "aten.ones_like", "aten.full_like", "aten.empty_like", "aten.rand_like", "aten.randn_like")
 def sized_like(call: Call) -> Label:
-    value = call.node.args[0]
-    assert isinstance(value, fx.Node)
+    value = call.operand
     return tuple(call.dims(value))
 
 
@@ -120,9 +118,8 @@ def number(call: Call) -> Label:
 @rule("aten.arange")
 def arange(call: Call) -> Label:
     """Positions themselves, where they are counted from 0 in steps of 1."""
-    named = {a.name for a in call.node.target._schema.arguments}  # type: ignore[union-attr]
-    start = call.given("start") if "start" in named else 0
-    step = call.given("step") if "step" in named else 1
+    start = call.given("start") if call.takes("start") else 0
+    step = call.given("step") if call.takes("step") else 1
     if (start, step) != (0, 1):
         return call.fresh(call.shape, Pin.ORDER, "counted from elsewhere, or in other steps")
     (dim,) = (fresh(size) for size in call.shape)

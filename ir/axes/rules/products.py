@@ -88,19 +88,18 @@ def _attention(call: Call) -> tuple[list[Dim], list[Dim], list[Dim]]:
     for a, b in zip(k[:-2], v[:-2], strict=True):
         if a and b:
             call.join(a, b)
-    named = {a.name for a in call.node.target._schema.arguments}  # type: ignore[union-attr]
-    if "enable_gqa" in named and call.given("enable_gqa") and q[-3:-2] and k[-3]:
+    if call.takes("enable_gqa") and call.given("enable_gqa") and q[-3:-2] and k[-3]:
         times = quotient(size_of(q[-3]), size_of(k[-3]))
         if times is not None:
             call.join(q[-3], (*k[-3], *fresh(times)))
         lead = [*broadcast(call, [q[:-3], k[:-3]]), q[-3]]
     else:
         lead = broadcast(call, [q[:-2], k[:-2], v[:-2]])
-    mask = call.given("attn_mask") if "attn_mask" in named else None
+    mask = call.given("attn_mask") if call.takes("attn_mask") else None
     if isinstance(mask, fx.Node):
         call.observe(mask)
         broadcast(call, [[*lead, q[-2], k[-2]], call.dims(mask)])
-    if "scale" in named and call.given("scale") is None:
+    if call.takes("scale") and call.given("scale") is None:
         call.axes.scales.append((call.node, q[-1]))
     return lead, [q[-2]], [v[-1]]
 

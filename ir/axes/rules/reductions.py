@@ -19,23 +19,19 @@ _GROUPED = ("_grouped_mm", "grouped_mm_fallback")
 def _axes(call: Call, value: fx.Node) -> list[int]:
     """The axes that a reduction is over: one, several, or all."""
     rank = len(call.dims(value))
-    named = {a.name for a in call.node.target._schema.arguments}  # type: ignore[union-attr]
-    said = call.given("dim") if "dim" in named else None
+    said = call.given("dim") if call.takes("dim") else None
     if said is None or (isinstance(said, (list, tuple)) and not said):
         return list(range(rank))
     return [int(k) % max(rank, 1) for k in ([said] if isinstance(said, int) else said)]
 
 
 def _reduced(call: Call, kind: Pin | None, reason: str) -> Label:
-    value: fx.Node = call.node.args[0]  # type: ignore[assignment]
+    value = call.operand
     call.observe(value)
-    dims = call.dims(value)
-    axes = _axes(call, value)
+    dims, axes = call.dims(value), _axes(call, value)
     if kind is not None:
         call.pin([dims[k] for k in axes if k < len(dims)], kind, reason)
-    named = {a.name for a in call.node.target._schema.arguments}  # type: ignore[union-attr]
-    keep = "keepdim" in named and call.given("keepdim")
-    return tuple(() if k in axes else dim for k, dim in enumerate(dims) if k not in axes or keep)
+    return call.without(dims, axes)
 
 
 @rule("aten.sum", "aten.linalg_vector_norm", "aten.norm", "aten.nansum")
@@ -59,7 +55,7 @@ def several(call: Call) -> Several:
 
 @rule("aten.softmax", "aten.log_softmax", "aten._softmax", "aten._log_softmax", "aten._safe_softmax")
 def softmax(call: Call) -> Label:
-    value: fx.Node = call.node.args[0]  # type: ignore[assignment]
+    value = call.operand
     dims = call.dims(value)
     if dims:
         call.pin([dims[axis_of(call, value)]], Pin.COUNT, "a softmax over it")
@@ -72,7 +68,7 @@ def softmax(call: Call) -> Label:
 )
 def in_order(call: Call) -> Any:
     """Elements depend on those before them, or change places."""
-    value: fx.Node = call.node.args[0]  # type: ignore[assignment]
+    value = call.operand
     call.observe(value)
     dims = call.dims(value)
     name = str(call.node.target)
@@ -91,7 +87,7 @@ def in_order(call: Call) -> Any:
 @rule("aten.diff")
 def differences(call: Call) -> Label:
     """Each element minus the one before it; what is put in front or behind stands on the same axis."""
-    value: fx.Node = call.node.args[0]  # type: ignore[assignment]
+    value = call.operand
     dims = call.dims(value)
     axis = axis_of(call, value)
     for operand in call.node.all_input_nodes:

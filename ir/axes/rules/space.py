@@ -17,16 +17,12 @@ _SPACE = "neighbours in space"
 
 @rule("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution")
 def convolution(call: Call) -> Label:
-    return _convolution(call, transposed="transposed" in _named(call) and bool(call.given("transposed")))
+    return _convolution(call, transposed=call.takes("transposed") and bool(call.given("transposed")))
 
 
 @rule("aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d")
 def conv_transpose(call: Call) -> Label:
     return _convolution(call, transposed=True)
-
-
-def _named(call: Call) -> set[str]:
-    return {a.name for a in call.node.target._schema.arguments}  # type: ignore[union-attr]
 
 
 def _convolution(call: Call, *, transposed: bool) -> Label:
@@ -67,7 +63,7 @@ def _places(call: Call, sizes: tuple[Size, ...]) -> Label:
     *("aten._upsample_bilinear2d_aa", "aten.grid_sampler_2d"),
 )
 def pooled(call: Call) -> Label:
-    x: fx.Node = call.node.args[0]  # type: ignore[assignment]
+    x = call.operand
     call.observe(x)
     for other in call.node.all_input_nodes:
         if other is not x and call.axes.labels.get(other) is not None:
@@ -88,7 +84,7 @@ def _space(call: Call) -> int:
     "aten.adaptive_max_pool2d",
 )
 def pooled_with_places(call: Call) -> Any:
-    dims = call.dims(call.node.args[0])  # type: ignore[arg-type]
+    dims = call.dims(call.operand)
     space = _space(call)
     call.pin(dims[len(dims) - space :], Pin.ORDER, _SPACE)
     found = (*dims[: len(dims) - space], *_places(call, call.shapes[0][len(dims) - space :]))

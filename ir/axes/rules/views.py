@@ -26,25 +26,19 @@ def number(value: Any) -> Size | None:
     return expression(value.meta["val"]) if isinstance(value, fx.Node) else value
 
 
-def _self(call: Call) -> fx.Node:
-    value = call.node.args[0]
-    assert isinstance(value, fx.Node)
-    return value
-
-
 @rule(
     *("aten.reshape", "aten.reshape_as", "aten.view", "aten._unsafe_view"),
     *("aten.flatten", "aten.unflatten", "aten.ravel"),
 )
 def reshape(call: Call) -> Label:
     """The product of all axes before is the product of all axes after."""
-    value = _self(call)
+    value = call.operand
     call.counts_as(value)
     found = tuple(map(fresh, call.shape))
     if not any(same_size(size, 0) for size in call.shape):
         _flattened(call, call.dims(value), list(found))
     for name in ("shape", "size", "sizes"):
-        if any(a.name == name for a in call.node.target._schema.arguments):  # type: ignore[union-attr]
+        if call.takes(name):
             said = call.given(name)
             first = axis_of(call, value) if name == "sizes" else 0
             for k in range(len(said)):
@@ -59,7 +53,7 @@ def _flattened(call: Call, before: list[Dim], after: list[Dim]) -> None:
 
 @rule("aten.view.dtype")
 def bits(call: Call) -> Label:
-    value = _self(call)
+    value = call.operand
     if not all(map(same_size, call.sizes(value), call.shape)):
         return call.opaque("elements are read as others of another width")  # type: ignore[return-value]
     call.observe(value)
@@ -68,7 +62,7 @@ def bits(call: Call) -> Label:
 
 @rule("aten.permute")
 def permute(call: Call) -> Label:
-    value = _self(call)
+    value = call.operand
     call.counts_as(value)
     dims = call.dims(value)
     return tuple(dims[k] for k in call.given("dims"))
@@ -76,7 +70,7 @@ def permute(call: Call) -> Label:
 
 @rule("aten.transpose", "aten.swapaxes", "aten.swapdims")
 def transpose(call: Call) -> Label:
-    value = _self(call)
+    value = call.operand
     call.counts_as(value)
     dims = call.dims(value)
     a, b = (int(k) % max(len(dims), 1) for k in call.node.args[1:3])  # type: ignore[arg-type]
@@ -87,7 +81,7 @@ def transpose(call: Call) -> Label:
 
 @rule("aten.t", "aten.numpy_T", "aten.mT", "aten.adjoint")
 def turned(call: Call) -> Label:
-    value = _self(call)
+    value = call.operand
     call.counts_as(value)
     dims = call.dims(value)
     if "numpy_T" in str(call.node.target) or len(dims) <= 2:
@@ -97,7 +91,7 @@ def turned(call: Call) -> Label:
 
 @rule("aten.movedim")
 def moved(call: Call) -> Label:
-    value = _self(call)
+    value = call.operand
     call.counts_as(value)
     dims = call.dims(value)
     source, target = (call.given(name) for name in ("source", "destination"))
@@ -109,7 +103,7 @@ def moved(call: Call) -> Label:
 
 @rule("aten.unsqueeze")
 def unsqueeze(call: Call) -> Label:
-    value = _self(call)
+    value = call.operand
     call.counts_as(value)
     dims = call.dims(value)
     axis = int(call.given("dim")) % (len(dims) + 1)
@@ -119,7 +113,7 @@ def unsqueeze(call: Call) -> Label:
 @rule("aten.squeeze")
 def squeeze(call: Call) -> Label:
     """Axes of size 1 go: all, one, or those named."""
-    value = _self(call)
+    value = call.operand
     call.counts_as(value)
     dims, sizes = call.dims(value), call.sizes(value)
     named = call.node.args[1] if len(call.node.args) > 1 else range(len(dims))
@@ -130,12 +124,12 @@ def squeeze(call: Call) -> Label:
 @rule("aten.expand", "aten.broadcast_to", "aten.expand_as")
 def expand(call: Call) -> Label:
     """An axis of size 1, or none, becomes a new one."""
-    value = _self(call)
+    value = call.operand
     call.counts_as(value)
     dims = call.dims(value)
     before = [()] * (len(call.shape) - len(dims)) + dims
     found = tuple(dim or fresh(size) for dim, size in zip(before, call.shape, strict=True))
-    if any(a.name == "size" for a in call.node.target._schema.arguments):  # type: ignore[union-attr]
+    if call.takes("size"):
         call.spells("size", found)
     elif isinstance(other := call.given("other"), fx.Node):
         for a, b in zip(found, call.dims(other), strict=True):
@@ -146,7 +140,7 @@ def expand(call: Call) -> Label:
 @rule("aten.repeat", "aten.tile")
 def repeat(call: Call) -> Label:
     """The whole axis again and again: the times stand at the left of the product."""
-    value = _self(call)
+    value = call.operand
     call.counts_as(value)
     dims = call.dims(value)
     name = "repeats" if "repeat" in str(call.node.target) else "dims"
@@ -161,7 +155,7 @@ def repeat(call: Call) -> Label:
 @rule("aten.repeat_interleave.self_int")
 def repeat_interleave(call: Call) -> Label:
     """Each element again and again: the times stand at the right of the product."""
-    value = _self(call)
+    value = call.operand
     call.counts_as(value)
     dims = call.dims(value)
     times = fresh(number(call.given("repeats")))
