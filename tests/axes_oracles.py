@@ -39,9 +39,13 @@ class Written(nn.Module):
 
 
 def captured(
-    shapes: Mapping[str, tuple[int, ...]], function: Callable[..., Any], inputs: Sequence[torch.Tensor]
+    shapes: Mapping[str, tuple[int, ...]],
+    function: Callable[..., Any],
+    inputs: Sequence[torch.Tensor],
+    axes: Sequence[Any] | None = None,
 ) -> Program:
-    return capture_module(Written(shapes, function).eval(), tuple(inputs), {}, None, check=False)
+    dynamic = None if axes is None else (tuple(axes),)
+    return capture_module(Written(shapes, function).eval(), tuple(inputs), {}, dynamic, check=False)
 
 
 def results(program: Program) -> list[torch.Tensor]:

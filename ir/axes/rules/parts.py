@@ -61,24 +61,21 @@ def _sliced(call: Call, dim: Dim, size: Size) -> Dim:
     if step != 1:
         return _strided(call, dim, size, step)
     start = number(call.given("start")) or 0
-    first = start if _sign(start) >= 0 else whole + start
-    if _sign(start) is None or order(first, 0) in (-1, None) or order(minus(whole, first), size) in (-1, None):
+    from_end = order(start, 0) == -1
+    first = whole + start if from_end else start
+    if order(first, 0) in (-1, None) or order(minus(whole, first), size) in (-1, None):
         call.pin([dim], Pin.ORDER, "cut at a place that is not known beforehand")
         return call.fresh([size], Pin.ORDER, "cut at a place that is not known beforehand")[0]
     before, inside, behind = window(call, dim, first, size)
-    if _sign(start) >= 0:
-        call.literal(call.place("start"), before)
-    else:
+    if from_end:
         call.literal(call.place("start"), sum_of([inside, behind]), times=-1)
+    else:
+        call.literal(call.place("start"), before)
     if call.takes("end"):
         _ends(call, before, inside, behind)
     elif call.takes("length"):
         call.literal(call.place("length"), inside)
     return inside
-
-
-def _sign(value: Size) -> Any:
-    return order(value, 0)
 
 
 def _whole(call: Call, dim: Dim) -> Dim:
@@ -94,7 +91,7 @@ def _ends(call: Call, before: Dim, inside: Dim, behind: Dim) -> None:
     said = number(end)
     if said is None or (isinstance(said, int) and said >= _END):
         return
-    if _sign(said) < 0:
+    if order(said, 0) == -1:
         call.literal(call.place("end"), behind, times=-1)
     else:
         call.literal(call.place("end"), sum_of([before, inside]))
@@ -192,7 +189,7 @@ def pad(call: Call) -> Label:
             continue
         axis = len(dims) - 1 - k
         constant = "constant_pad" in str(call.node.target) or call.given("mode") == "constant"
-        if not constant or _sign(low) in (-1, None) or _sign(high) in (-1, None):
+        if not constant or order(low, 0) in (-1, None) or order(high, 0) in (-1, None):
             call.pin([dims[axis]], Pin.ORDER, "cut, or padded with its own elements")
             dims[axis] = call.fresh([call.shape[axis]], Pin.ORDER, "cut or padded with its own elements")[0]
             continue
@@ -218,7 +215,7 @@ def scattered_window(call: Call) -> Label:
         step = 1
     else:
         start, inside, step = number(call.given("start")) or 0, call.sizes(source)[axis], call.given("step")
-        if start is not None and _sign(start) == -1:
+        if start is not None and order(start, 0) == -1:
             start = whole + start
     others = [k for k in range(len(dims)) if k != axis]
     for k in others:

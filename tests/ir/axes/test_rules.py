@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from axes_oracles import captured, try_permutations
+from laconic.ir.axes.analysis import analyse
 from laconic.ir.axes.dims import SOFT, Pin
 from laconic.ir.axes.rewrite import changing, free
 
@@ -348,3 +349,16 @@ def test_what_is_free_and_what_is_pinned(case: Case) -> None:
         assert kinds <= found
     assert all(trial.moved < 1e-10 for trial in tried)
     assert {trial.factor.size for trial in tried if trial.void} == set(case.symmetric)
+
+
+def test_a_part_that_starts_where_nobody_knows_is_pinned() -> None:
+    """A place that depends on how many rows the caller gives says nothing about the axis of a weight."""
+    program = captured(
+        {"a": (40, 8, 6)},
+        lambda w, x: w.a[x.shape[0] - 3 :].sum() + x,
+        [torch.randn(7, 8)],
+        [{0: torch.export.Dim("rows", min=3, max=30)}],
+    )
+    axes = analyse(program)
+    (found,) = (f for f in changing(axes) if f.size == 40)
+    assert set(found.pins) == {Pin.ORDER}
