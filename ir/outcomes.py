@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from laconic.ir.errors import VerificationError
 from laconic.ir.inputs import Case
+from laconic.ir.moves import Moves
 from laconic.ir.program import Program
 from laconic.ir.run import Outcome, evaluate
 
@@ -58,6 +59,10 @@ class Outcomes:
                 hint="give example inputs",
             )
         return found
+
+    def moved(self, moves: Moves) -> Outcomes:
+        """The same with states whose positions went elsewhere."""
+        return replace(self, outcomes=[outcome.moved(moves) for outcome in self.outcomes])
 
     def __iter__(self) -> Iterator[tuple[Case, Outcome]]:
         return iter(zip(self.cases, self.outcomes, strict=True))

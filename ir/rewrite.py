@@ -157,6 +157,23 @@ def add_constant(program: Program, name: str, value: Any) -> str:
     return unique
 
 
+def folded_name(row: str) -> str:
+    """What a constant that a pass made of a row is called."""
+    return "folded_" + row.replace(".", "_")  # no dot: a part might be a method of a module
+
+
+def used_rows(program: Program) -> set[str]:
+    """The rows that some call or output reads."""
+    return {name for entry in program.entries.values() for name, node in entry.weight_nodes().items() if node.users}
+
+
+def drop_unused(program: Program, used: Collection[str]) -> None:
+    """Remove those of these rows that nothing reads any more; their names lead nowhere. States stay."""
+    for row in sorted(set(used) - used_rows(program)):
+        if row in program.weights and program.weights[row].kind is not Kind.STATE:
+            drop_weight(program, row, Alias(None))
+
+
 def drop_weight(program: Program, name: str, alias: Alias) -> None:
     """Remove a row that no entry uses, noting where its values went. Aliases that named it follow."""
     drop_weights(program, {name: alias})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import sympy
@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from laconic.ir.errors import UsageError
+from laconic.ir.moves import Moves, moved
 from laconic.ir.program import Entry, Kind, Program, Role, Weight, copy_graph
 from laconic.ir.torch_private import storage_key
 from laconic.ir.tree import Leaf, fill, leaves, match
@@ -24,6 +25,11 @@ class Outcome:
     results: list[Any]
     states: dict[str, torch.Tensor]
     inputs: dict[str, torch.Tensor]
+
+    def moved(self, moves: Moves) -> Outcome:
+        """The same with states whose positions went elsewhere."""
+        states = {name: moved(v, moves[name]) if name in moves else v for name, v in self.states.items()}
+        return replace(self, states=states)
 
     def tensors(self) -> dict[str, Any]:
         """Everything by name, for comparison."""

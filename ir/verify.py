@@ -24,7 +24,7 @@ from laconic.ir.signature import signature
 from laconic.ir.torch_private import guards
 from laconic.ir.traits import PYTHON_NAMES
 from laconic.ir.tree import Leaf, leaves
-from laconic.ir.types import same_type, type_of, type_text
+from laconic.ir.types import TensorType, same_type, type_of, type_text
 
 #: What canon removed and nothing may bring back, by the reason.
 _FORBIDDEN = {
@@ -323,12 +323,22 @@ def _outputs(before: Program, after: Program, name: str) -> None:
         raise VerificationError(f"the rewrite {what} of entry {name!r}", why=changed)
     for output, was, now in zip(old.outputs, old.output_values, new.output_values, strict=True):
         expected = type_of(was.meta["val"]) if isinstance(was, fx.Node) else was
+        if output.role is Role.UPDATE:
+            expected = _as_the_state(before, after, output.name, expected)
         found = type_of(now.meta["val"]) if isinstance(now, fx.Node) else now
         same = same_type(expected, found) if isinstance(was, fx.Node) and isinstance(now, fx.Node) else was == now
         if not same:
             raise VerificationError(f"{output} of entry {name!r} was {expected} and is {found}")
         if output.role is Role.UPDATE and _unchanged(now, output.name) and not _unchanged(was, output.name):
             raise VerificationError(f"the {output} of entry {name!r} is dropped: the state is written back unchanged")
+
+
+def _as_the_state(before: Program, after: Program, name: str, update: Any) -> Any:
+    """The type of what updates a state: that of before, or where the state itself has other sizes now, the state's."""
+    was, now = (type_of(program.weights[name].value) for program in (before, after))
+    if isinstance(was, TensorType) and isinstance(now, TensorType) and was.shape != now.shape:
+        return replace(now, dtype=was.dtype)
+    return update
 
 
 def _unchanged(value: Any, state: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from laconic.ir.moves import Moves
 from laconic.ir.program import Program
 
 
@@ -56,12 +57,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class PassResult:
-    """What a pass returns: the program (a new one if `modified`), and what happened in words."""
+    """What a pass returns: the program (a new one if `modified`), what happened in words, and the rows of which
+    positions moved or were left out."""
 
     program: Program
     modified: bool
     reason: str = ""
     actions: int = 0
+    moves: Moves = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

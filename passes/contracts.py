@@ -11,16 +11,23 @@ import torch
 from laconic.ir.errors import VerificationError
 from laconic.ir.inputs import Case, cases_again
 from laconic.ir.metrics.differences import bit_equal, max_abs
+from laconic.ir.moves import Moves, moved, moved_alias
 from laconic.ir.outcomes import Outcomes
 from laconic.ir.precise import Deviation, deviation, evaluate_precise, pooled
-from laconic.ir.program import Program
+from laconic.ir.program import Alias, Program
 from laconic.passes.base import Contract
 
 
 def check(
-    contract: Contract, program: Program, before: Outcomes, after: Outcomes, rewritten: Program | None = None
+    contract: Contract,
+    program: Program,
+    before: Outcomes,
+    after: Outcomes,
+    rewritten: Program | None = None,
+    moves: Moves | None = None,
 ) -> None:
-    """Hold `after` to the contract, given what `program`, from before the pass, returned.
+    """Hold `after` to the contract, given what `program`, from before the pass, returned; `moves` say where positions
+    of states went.
 
     Where a tolerance is exceeded, and `rewritten`, the program after the pass, is given, both are judged once more, and
     for good, on the inputs of `cases_again`. Raises VerificationError naming output and case. LOSSY promises nothing
@@ -28,6 +35,8 @@ def check(
     """
     if contract is Contract.LOSSY:
         return
+    moves = moves or {}
+    before = before.moved(moves)
     for (case, old), (_, new) in zip(before, after, strict=True):
         expected, found = old.tensors(), new.tensors()
         if list(expected) != list(found):
@@ -35,7 +44,7 @@ def check(
         if contract is Contract.EXACT:
             _exact(case, expected, found)
     if contract is Contract.TOLERANCE:
-        _tolerance(program, before, after, rewritten)
+        _tolerance(program, before, after, rewritten, moves)
     for case, shared, shares in zip(before.cases, before.sharing, after.sharing, strict=True):
         for a, b in sorted(shared ^ shares):
             became = "now shares" if (a, b) in shares else "no longer shares"
@@ -49,16 +58,16 @@ def check(
             )
 
 
-def check_weights(contract: Contract, before: Program, after: Program) -> None:
-    """Hold a pass that is not lossy to the bytes of every named weight, used or not: a row keeps them, an alias leads
-    to them, or to nowhere if the row is gone.
+def check_weights(contract: Contract, before: Program, after: Program, moves: Moves | None = None) -> None:
+    """Hold a pass that is not lossy to the bytes of every named weight, used or not: a row keeps them, where `moves`
+    say that its positions went, an alias leads to them, or to nowhere if the row is gone.
 
     Raises VerificationError naming the weight.
     """
     if contract is Contract.LOSSY:
         return
     for name in [*before.weights, *before.aliases]:
-        old, new = before.value_of(name), after.value_of(name)
+        old, new = _moved_value(before, name, moves or {}), after.value_of(name)
         if new is None:
             alias = before.aliases.get(name)
             if old is not None and (alias.target if alias else name) in after.weights:
@@ -69,6 +78,16 @@ def check_weights(contract: Contract, before: Program, after: Program) -> None:
             raise VerificationError(f"the contract '{contract}' is broken: the weight {name!r} holds other bytes")
 
 
+def _moved_value(program: Program, name: str, moves: Moves) -> torch.Tensor | None:
+    """What a name leads to once positions of rows went where `moves` say."""
+    alias = program.aliases.get(name, Alias(name))
+    own = moves.get(alias.target or "")
+    if own is None or alias.target is None:
+        return program.value_of(name)
+    alias = moved_alias(alias, own)
+    return alias.of(moved(program.weights[alias.target].value.detach(), own)) if alias.target else None
+
+
 def _exact(case: Case, expected: dict[str, Any], found: dict[str, Any]) -> None:
     for name, value in expected.items():
         if not bit_equal(value, found[name]):
@@ -77,17 +96,17 @@ def _exact(case: Case, expected: dict[str, Any], found: dict[str, Any]) -> None:
             )
 
 
-def _tolerance(program: Program, before: Outcomes, after: Outcomes, rewritten: Program | None) -> None:
+def _tolerance(program: Program, before: Outcomes, after: Outcomes, rewritten: Program | None, moves: Moves) -> None:
     pairs = [(old.tensors(), new.tensors()) for (_, old), (_, new) in zip(before, after, strict=True)]
     if all(bit_equal(value, new[name]) for old, new in pairs for name, value in old.items()):
         return  # which also holds where random draws leave no float64 reference
-    held = _deviations(program, before, after)
+    held = _deviations(program, before, after, moves)
     if rewritten is not None and not all(row.ok for _, row in held):
-        again = Outcomes.of(program, cases_again(program, before.cases))
+        again = Outcomes.of(program, cases_again(program, before.cases)).moved(moves)
         now = Outcomes.of(rewritten, again.cases)
         if len(now.cases) != len(again.cases):
             raise VerificationError("the rewritten program does not run on every input that the other one runs on")
-        held = _deviations(program, again, now)
+        held = _deviations(program, again, now, moves)
     for case, row in held:
         if not row.ok:
             raise VerificationError(
@@ -97,11 +116,11 @@ def _tolerance(program: Program, before: Outcomes, after: Outcomes, rewritten: P
             )
 
 
-def _deviations(program: Program, before: Outcomes, after: Outcomes) -> list[tuple[Case, Deviation]]:
+def _deviations(program: Program, before: Outcomes, after: Outcomes, moves: Moves) -> list[tuple[Case, Deviation]]:
     """Each output on each case, with what is allowed pooled over the cases."""
     families: dict[str, list[tuple[Case, Deviation]]] = defaultdict(list)
     for (case, old), (_, new) in zip(before, after, strict=True):
-        reference = evaluate_precise(program, program.forward, case.clone()).tensors()
+        reference = evaluate_precise(program, program.forward, case.clone()).moved(moves).tensors()
         found = new.tensors()
         for name, value in old.tensors().items():
             families[name].append((case, deviation(name, value, found[name], reference[name])))

@@ -30,8 +30,18 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from laconic.ir.program import Alias, Entry, Kind, Program
-from laconic.ir.rewrite import add_constant, dead_nodes, drop_weight, find, set_argument, weight_node
+from laconic.ir.program import Alias, Entry, Program
+from laconic.ir.rewrite import (
+    add_constant,
+    dead_nodes,
+    drop_unused,
+    drop_weight,
+    find,
+    folded_name,
+    set_argument,
+    used_rows,
+    weight_node,
+)
 from laconic.passes.base import Contract, Pass, Plan
 from laconic.passes.fold_scales import Fold, Scaling, find_folds, new_bias, scaled
 from laconic.passes.products import Product, plainest, products_of, rewrite_product, shares_memory
@@ -70,7 +80,7 @@ class FoldWeights(Pass):
         return Plan(self.spec, tuple(actions), tensors, reason)
 
     def rewrite(self, program: Program, plan: Plan) -> None:
-        used = _used_rows(program)
+        used = used_rows(program)
         dead = {entry.name: set(map(str, dead_nodes(entry))) for entry in program.entries.values()}
         scalings: dict[str, Scaling] = {}
         turned: dict[str, bool] = {}
@@ -88,9 +98,7 @@ class FoldWeights(Pass):
             for node in dead_nodes(entry):
                 if node.name not in dead[entry.name]:
                     entry.graph.erase_node(node)
-        for row in sorted(used - _used_rows(program)):
-            if row in program.weights and program.weights[row].kind is not Kind.STATE:
-                drop_weight(program, row, Alias(None))
+        drop_unused(program, used)
 
 
 _TRANSPOSE = "transpose"
@@ -104,7 +112,7 @@ def _scale(fold: Fold, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     tensors[f"{entry}.{what.result.name}.shift"] = what.shift.clone()
     products = []
     for into, offset in zip(fold.products, fold.offsets, strict=True):
-        products.append({"node": into.node.name, "weight": into.row, "becomes": _folded(into.row)})
+        products.append({"node": into.node.name, "weight": into.row, "becomes": folded_name(into.row)})
         if not fold.behind:
             tensors[f"{entry}.{into.node.name}.offset"] = offset.clone()
     return {
@@ -177,7 +185,7 @@ def _change(program: Program, row: str, scaling: Scaling | None, turned: bool) -
         (into,) = uses
         value, biases[into.node] = scaled(program, into, scaling), _bias(program, into, scaling)
     if value is not old.value:
-        name = add_constant(program, _folded(row), value.t().contiguous() if turned else value)
+        name = add_constant(program, folded_name(row), value.t().contiguous() if turned else value)
     elif turned:
         name = _unique(program, f"{row}_transposed")
         program.weights[name] = replace(old, name=name, value=value.t().contiguous())
@@ -195,19 +203,10 @@ def _bias(program: Program, into: Product, scaling: Scaling) -> fx.Node | None:
         name = str(into.bias.meta["name"])
         if value is program.weights[name].value:
             return into.bias
-    return None if value is None else weight_node(program, into.entry, add_constant(program, _folded(name), value))
-
-
-def _folded(row: str) -> str:
-    return "folded_" + row.replace(".", "_")  # no dot: a part might be a method of a module
+    return None if value is None else weight_node(program, into.entry, add_constant(program, folded_name(name), value))
 
 
 def _unique(program: Program, name: str) -> str:
     while name in program.weights or name in program.aliases:
         name += "_"
     return name
-
-
-def _used_rows(program: Program) -> set[str]:
-    """The rows that some call or output reads."""
-    return {name for entry in program.entries.values() for name, node in entry.weight_nodes().items() if node.users}

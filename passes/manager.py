@@ -226,7 +226,7 @@ class PassManager:
             verify_sizes(before)
             if result.program is not before:
                 verify_rewrite(before, result.program)
-                check_weights(item.contract, before, result.program)
+                check_weights(item.contract, before, result.program, result.moves)
         state.fingerprint = _check_modified(result, before, state.fingerprint)
 
     def _check(self, state: _State, item: Pass, result: PassResult) -> float | None:
@@ -236,8 +236,8 @@ class PassManager:
         if result.modified:
             after = Outcomes.of(result.program, state.captured.cases)
             _check_cases(state.captured, after)
-            check(item.contract, state.run.program, state.known, after, result.program)
-            state.known = after
+            check(item.contract, state.run.program, state.known, after, result.program, result.moves)
+            state.known, state.captured = after, state.captured.moved(result.moves)
         return distance(state.captured, state.known)
 
     def _blame(self, problem: LaconicError, position: int, item: Pass, run: Run) -> LaconicError:

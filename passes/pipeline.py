@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from laconic.ir.errors import PipelineError, UsageError, did_you_mean
 from laconic.passes.base import Contract, Pass
@@ -95,10 +95,15 @@ def print_pass(item: Pass) -> str:
 def options_of(kind: type[Pass]) -> dict[str, tuple[str, Any]]:
     """Each option of a pass: its type in words and its default."""
     hints = get_type_hints(kind)
-    return {_dashed(f.name): (_TYPES[hints[f.name]], f.default) for f in dataclasses.fields(kind)}
+    return {_dashed(f.name): (_in_words(hints[f.name]), f.default) for f in dataclasses.fields(kind)}
 
 
 _TYPES = {bool: "yes/no", int: "whole number", float: "number", str: "word"}
+
+
+def _in_words(kind: Any) -> str:
+    """The type of an option; of one with few values, these."""
+    return "/".join(get_args(kind)) if get_origin(kind) is Literal else _TYPES[kind]
 
 
 def _options(text: str, at: int) -> tuple[dict[str, tuple[str, int, int]], int]:
@@ -154,6 +159,10 @@ def _parse_value(text: str, at: int, key: str, raw: str, kind: Any) -> Any:
         if raw not in ("yes", "no"):
             _fail(text, at, f"option {key!r} is yes or no, not {raw!r}")
         return raw == "yes"
+    if get_origin(kind) is Literal:
+        if raw not in get_args(kind):
+            _fail(text, at, f"option {key!r} is {_in_words(kind)}, not {raw!r}", hint=did_you_mean(raw, get_args(kind)))
+        return raw
     try:
         return kind(raw)
     except ValueError:

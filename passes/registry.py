@@ -16,8 +16,10 @@ PASSES = Registry(
     {
         "cse": "laconic.passes.cse:Cse",
         "dce": "laconic.passes.dce:Dce",
+        "dead-units": "laconic.passes.dead_units:DeadUnits",
         "dedup": "laconic.passes.dedup:Dedup",
         "fold-weights": "laconic.passes.fold_weights:FoldWeights",
+        "permute-units": "laconic.passes.permute_units:PermuteUnits",
         "simplify": "laconic.passes.simplify:Simplify",
     },
 )

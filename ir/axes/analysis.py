@@ -15,7 +15,7 @@ from torch import fx
 from laconic.ir.axes.call import Call, flat
 from laconic.ir.axes.dims import Pin, fresh, pin, size_of
 from laconic.ir.axes.labels import Axes, Label, Several
-from laconic.ir.axes.rules import rule_of
+from laconic.ir.axes.rules import rule
 from laconic.ir.errors import VerificationError
 from laconic.ir.program import Entry, Kind, Program, Role
 from laconic.ir.torch_private import storage_key
@@ -86,8 +86,8 @@ def _call(axes: Axes, node: fx.Node) -> Label | Several | None:
     call = Call(axes, node)
     if not isinstance(node.target, torch._ops.OpOverload):
         return call.opaque(f"{node.target} has no rule")
-    rule = rule_of(node.target)
-    return call.opaque(f"{op_name(node.target)} has no rule") if rule is None else rule(call)
+    found = rule.of(node.target)
+    return call.opaque(f"{op_name(node.target)} has no rule") if found is None else found(call)
 
 
 def _held_to_sizes(program: Program, node: fx.Node, label: Label | Several | None) -> None:

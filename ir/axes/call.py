@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from torch import fx
 
 from laconic.ir.axes.dims import Dim, Pin, fresh, pin, size_of
-from laconic.ir.axes.labels import Axes, Domain, Label, Literal, Place, Resplit, Several
+from laconic.ir.axes.labels import Axes, Domain, Gather, Label, Literal, Place, Resplit, Several
 from laconic.ir.traits import argument
 from laconic.ir.types import Size, TensorType, TupleType, same_size, type_of
 
@@ -98,6 +98,15 @@ class Call:
     def resplit(self, axis: int, parts: Sequence[Dim]) -> None:
         self.axes.resplits.append(Resplit(self.node, axis, tuple(parts)))
 
+    def gathers(self, dim: Dim, *operands: tuple[fx.Node, int], neutral: float = 0.0, bias: str | None = None) -> None:
+        """It makes one of all positions of an axis: see `Gather`."""
+        counted = tuple((value, axis % len(self.dims(value))) for value, axis in operands)
+        self.axes.gathers.append(Gather(self.node, dim, counted, neutral, bias))
+
+    def chooses(self) -> None:
+        """It takes some positions of an axis and leaves the others alone."""
+        self.axes.choosing.add(self.node)
+
     def observe(self, value: Any, reason: str = "its positions are used as numbers") -> None:
         """An operand's integers are used for something else than choosing positions."""
         if isinstance(value, fx.Node):
@@ -118,6 +127,7 @@ class Call:
         domain = self.domain(index)
         if domain is not None and same_size(size_of(domain.dim), size_of(dim)):
             self.join(domain.dim, dim)
+            self.chooses()
             if domain.origin is not None:
                 self.axes.indexing.setdefault(domain.origin, self.node)
             return

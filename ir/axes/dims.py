@@ -37,12 +37,15 @@ class Pin(StrEnum):
     DATA_INDEX = "data-index"  # chosen by values that are known at run time only
     OBSERVED = "observed"  # positions are used as numbers
     ARANGE_BOTH = "arange-both"  # positions are used as numbers and as indices
-    COUNT = "count"  # its size enters the values: a mean, a norm, a softmax
+    COUNT = "count"  # its size enters the values: a mean, a norm
+    MASK = "mask"  # positions count unless they are masked: a softmax, a maximum, a product over it
     TOPK = "topk"  # the greatest along it are chosen
 
 
 #: These allow a permutation; a pass that knows why the values stay right may shrink them too.
-SOFT = frozenset({Pin.COUNT, Pin.TOPK})
+SOFT = frozenset({Pin.COUNT, Pin.MASK, Pin.TOPK})
+#: Of these, those that do not matter at positions where what is gathered holds the neutral element (`labels.Gather`).
+MASKED = frozenset({Pin.MASK, Pin.TOPK})
 
 
 @dataclass(frozen=True)

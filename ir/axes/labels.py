@@ -45,6 +45,22 @@ class Resplit:
 
 
 @dataclass(frozen=True)
+class Gather:
+    """A call that makes one of all positions of an axis: a sum of products, a softmax, a maximum.
+
+    A position may be left out if one of the operands (value, axis) holds the `neutral` element of that there, whatever
+    the inputs are. With `bias`, the name of an argument, it may too if the first one holds another constant there, and
+    what that adds goes into the bias.
+    """
+
+    node: fx.Node
+    dim: Dim
+    operands: tuple[tuple[fx.Node, int], ...]
+    neutral: float = 0.0
+    bias: str | None = None
+
+
+@dataclass(frozen=True)
 class Domain:
     """What integers count: positions of an axis. `origin` is the arange that made them, if one did."""
 
@@ -56,10 +72,11 @@ class Domain:
 class Axes:
     """The labels of a program, which must not change while they are in use.
 
-    `rows` are those of the weight table, one for all entries. `counted` holds the aranges whose values are used as
-    numbers, and where; `indexing` those that choose positions. `scales` are the attention calls whose scale is the
-    default, and the axis that it comes from. `unknown` are the calls without a rule, with the reason; `misfits` those
-    at which axes did not align.
+    `rows` are those of the weight table, one for all entries. Axes end in `gathers`, and in calls that take some of
+    their positions and leave the others alone (`choosing`); all else keeps positions apart. `counted` holds the aranges
+    whose values are used as numbers, and where; `indexing` those that choose positions. `scales` are the attention
+    calls whose scale is the default, and the axis that it comes from. `unknown` are the calls without a rule, with the
+    reason; `misfits` those at which axes did not align.
     """
 
     program: Program
@@ -68,6 +85,8 @@ class Axes:
     literals: list[Literal] = field(default_factory=list)
     resplits: list[Resplit] = field(default_factory=list)
     scales: list[tuple[fx.Node, Dim]] = field(default_factory=list)
+    gathers: list[Gather] = field(default_factory=list)
+    choosing: set[fx.Node] = field(default_factory=set)
     domains: dict[tuple[fx.Node, int | None], Domain] = field(default_factory=dict)
     counted: dict[fx.Node, fx.Node] = field(default_factory=dict)
     indexing: dict[fx.Node, fx.Node] = field(default_factory=dict)

@@ -9,6 +9,8 @@ import sympy
 import torch
 
 from laconic.ir.axes.dims import Dim, Factor, factors, parts_of, resolve, size_of
+from laconic.ir.axes.labels import Axes
+from laconic.ir.moves import RowMoves
 from laconic.ir.types import Size
 
 #: For each factor that changes, the old positions that it holds afterwards, in their new order.
@@ -50,4 +52,35 @@ def old_positions(dim: Dim, kept: Kept) -> torch.Tensor:
                 offset += size_of(part)
             own = torch.cat(pieces)
         found = (found[:, None] * size + own).flatten()
+    return found
+
+
+def row_moves(axes: Axes, kept: Kept) -> dict[str, RowMoves]:
+    """What becomes of the rows of the weight table that a request changes."""
+    return {
+        name: tuple(old_positions(dim, kept) if touches(dim, kept) else None for dim in label)
+        for name, label in axes.rows.items()
+        if any(touches(dim, kept) for dim in label)
+    }
+
+
+def coordinates(dim: Dim, factor: Factor) -> list[torch.Tensor]:
+    """Where the positions of an axis stand along a factor, -1 where they do not: (size,) for each time that it stands
+    there. The axis must be static."""
+    found, right = [], size_of(dim)
+    everywhere = torch.arange(right)
+    for atom in resolve(dim):
+        size = atom.size
+        right //= size
+        local = everywhere // right % size
+        if atom is factor:
+            found.append(local)
+        elif not isinstance(atom, Factor):
+            offset = 0
+            for part in parts_of(atom):
+                for own in coordinates(part, factor):
+                    along = torch.full((size,), -1)
+                    along[offset : offset + len(own)] = own
+                    found.append(along[local])
+                offset += size_of(part)
     return found

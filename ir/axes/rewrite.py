@@ -16,11 +16,12 @@ import torch
 from torch import fx
 
 from laconic.ir.axes.call import flat
-from laconic.ir.axes.dims import SOFT, Dim, Factor, Why, factors, size_of
+from laconic.ir.axes.dims import SOFT, Factor, Why, factors, size_of
 from laconic.ir.axes.labels import Axes, Literal
-from laconic.ir.axes.positions import Kept, new_size, old_positions, touches
+from laconic.ir.axes.positions import Kept, new_size, old_positions, row_moves, touches
 from laconic.ir.errors import UsageError, VerificationError
-from laconic.ir.program import Alias, Program
+from laconic.ir.moves import RowMoves, moved, moved_alias
+from laconic.ir.program import Program
 from laconic.ir.propagate import propagate
 from laconic.ir.rewrite import add_constant, fake_weight, insert_call, set_argument, weight_node
 from laconic.ir.types import Size, TensorType, TupleType, same_size, type_of
@@ -96,39 +97,24 @@ class _Rewrite:
 
     def _rows(self) -> None:
         """Weights, states and constants hold the positions that stay."""
-        for name, label in self.axes.rows.items():
-            moved = [(k, dim) for k, dim in enumerate(label) if touches(dim, self.kept)]
-            if not moved:
-                continue
+        for name, moves in row_moves(self.axes, self.kept).items():
             row = self.result.weights[name]
-            value = row.value.detach()
-            for k, dim in moved:
-                value = value.index_select(k, old_positions(dim, self.kept).to(value.device))
+            value = moved(row.value.detach(), moves)
             if isinstance(row.value, torch.nn.Parameter):
                 value = torch.nn.Parameter(value, row.value.requires_grad)
             self.result.weights[name] = replace(row, value=value)
-            self._follow(name, dict(moved))
+            self._follow(name, moves)
             for entry_name, nodes in self.rows.items():
                 node = nodes.get(name)
                 if node is not None:
                     node.meta["val"] = fake_weight(self.result, self.result.weights[name])
                     self.changed[entry_name].update(n for n in node.users if n.op == "call_function")
 
-    def _follow(self, target: str, moved: dict[int, Dim]) -> None:
-        """Names whose values are a part of a row that changed: where that part lies now, if it lies in one piece."""
+    def _follow(self, target: str, moves: RowMoves) -> None:
+        """Names whose values are a part of a row that changed."""
         for name, alias in self.result.aliases.items():
-            if alias.target != target or alias.whole:
-                continue
-            rows, columns = (self._window(w, moved.get(k)) for k, w in enumerate((alias.rows, alias.columns)))
-            lost = (rows is None and alias.rows is not None) or (columns is None and alias.columns is not None)
-            self.result.aliases[name] = Alias(None) if lost else replace(alias, rows=rows, columns=columns)
-
-    def _window(self, window: tuple[int, int] | None, dim: Dim | None) -> tuple[int, int] | None:
-        if window is None or dim is None:
-            return window
-        inside = [k for k, old in enumerate(old_positions(dim, self.kept).tolist()) if window[0] <= old < window[1]]
-        whole = inside == list(range(inside[0], inside[-1] + 1)) if inside else False
-        return (inside[0], inside[-1] + 1) if whole else None
+            if alias.target == target:
+                self.result.aliases[name] = moved_alias(alias, moves)
 
     def _literal(self, literal: Literal) -> None:
         """Spell a size again, if it changed."""

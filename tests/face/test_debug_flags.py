@@ -193,7 +193,7 @@ def test_each_way_past_a_faulty_pass(captured: str, capfd: pytest.CaptureFixture
     [
         (["--print-after", "cs"], "'cse'"),
         (["--print-after", "fold"], "there is no pass 'fold'"),
-        (["--print-after", "nope"], "known: cse, dce, dedup, fold-weights, simplify"),
+        (["--print-after", "nope"], "known: cse, dce, dead-units, dedup, fold-weights, permute-units, simplify"),
         (["--disable-pass", "simplfy"], "did you mean 'simplify'"),
         (["-p", "cse", "--disable-pass", "dce"], "the pipeline has no pass 'dce'"),
         (["-p", "cse", "--stop-after", "dedup{slices=no}"], "the pipeline has no pass 'dedup{slices=no}'"),

@@ -62,6 +62,7 @@ _BAD = {
     "dedup{min-slice-bytes=1.5}": (23, "option 'min-slice-bytes' is a whole number, not '1.5'"),
     "dedup{slices=no,slices=no}": (17, "option 'slices' is given twice"),
     "cse,dedup{slice=no}": (11, "the pass 'dedup' has no option 'slice'"),
+    "permute-units{by=l3}": (18, "option 'by' is l2/l1/max, not 'l3'"),
     "cse{fast=yes}": (5, "the pass 'cse' has no option 'fast'"),
     "cse,dedupe": (5, "there is no pass 'dedupe'"),
     "exact{slices=no}": (6, "the preset 'exact' takes no options"),
@@ -97,7 +98,7 @@ def test_damaged_text_gives_passes_or_a_pipeline_error_within_the_text(text: str
 @pytest.mark.parametrize(
     ("text", "hint"),
     [
-        ("dedupe", "did you mean 'dedup'?"),
+        ("dedupe", "did you mean 'dedup' or 'dead-units'?"),
         ("simplfy", "did you mean 'simplify'?"),
         ("exat", "did you mean 'exact'?"),
         ("dedup{slice=no}", "did you mean 'slices'"),

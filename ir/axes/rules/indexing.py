@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -216,6 +217,7 @@ def topk(call: Call) -> Several:
     dims = call.dims(value)
     axis = axis_of(call, value)
     call.pin([dims[axis]], Pin.TOPK, "the greatest along it are chosen")
+    call.gathers(dims[axis], (value, axis), neutral=-math.inf if call.given("largest") else math.inf)
     found = list(dims)
     (found[axis],) = call.fresh([call.shapes[0][axis]], Pin.ORDER, "in the order of their values")
     call.literal(call.place("k"), found[axis])
@@ -242,6 +244,11 @@ def sort(call: Call) -> Any:
     return Several((tuple(found), tuple(found)))
 
 
+def _least(call: Call) -> float:
+    """What is never chosen as an extreme."""
+    return -math.inf if "max" in str(call.node.target) else math.inf
+
+
 @rule("aten.argmax", "aten.argmin")
 def argmax(call: Call) -> Label:
     value = call.given("self")
@@ -252,6 +259,7 @@ def argmax(call: Call) -> Label:
         return tuple([()] * len(call.shape))
     axis = axis_of(call, value)
     call.pin([dims[axis]], Pin.TOPK, "the greatest along it is chosen")
+    call.gathers(dims[axis], (value, axis), neutral=_least(call))
     call.counts(dims[axis])
     return call.without(dims, [axis])
 
@@ -262,7 +270,12 @@ def extreme(call: Call) -> Several:
     call.observe(value)
     dims = call.dims(value)
     axis = axis_of(call, value)
-    call.pin([dims[axis]], Pin.COUNT, "an extreme along it")
+    name = str(call.node.target)
+    if "max" in name or "min" in name:
+        call.pin([dims[axis]], Pin.TOPK, "the greatest along it is chosen")
+        call.gathers(dims[axis], (value, axis), neutral=_least(call))
+    else:
+        call.pin([dims[axis]], Pin.COUNT, "chosen by rank along it")
     call.counts(dims[axis], output=1)
     found = call.without(dims, [axis])
     return Several((found, found))

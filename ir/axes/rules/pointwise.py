@@ -9,7 +9,8 @@ from torch import fx
 from laconic.ir.axes.call import Call
 from laconic.ir.axes.dims import Dim, Pin, fresh, quotient, size_of
 from laconic.ir.axes.labels import Label
-from laconic.ir.axes.rules.table import POINTWISE, rule
+from laconic.ir.axes.rules.table import rule
+from laconic.ir.axes.table import POINTWISE
 from laconic.ir.types import NumberType, type_of
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -25,31 +26,52 @@ def _axes(call: Call, value: fx.Node) -> list[int]:
     return [int(k) % max(rank, 1) for k in ([said] if isinstance(said, int) else said)]
 
 
-def _reduced(call: Call, kind: Pin | None, reason: str) -> Label:
+def _reduced(call: Call, kind: Pin | None, neutral: float | None = None) -> Label:
+    """A reduction; with `neutral`, positions that hold it do not count."""
     value = call.operand
     call.observe(value)
-    dims, axes = call.dims(value), _axes(call, value)
+    dims = call.dims(value)
+    axes = [k for k in _axes(call, value) if k < len(dims)]
     if kind is not None:
-        call.pin([dims[k] for k in axes if k < len(dims)], kind, reason)
+        call.pin([dims[k] for k in axes], kind, f"{call.node.target} over it")
+    for k in axes:
+        if neutral is not None:
+            call.gathers(dims[k], (value, k), neutral=neutral)
     return call.without(dims, axes)
 
 
-@rule("aten.sum", "aten.linalg_vector_norm", "aten.norm", "aten.nansum")
+@rule("aten.sum", "aten.nansum")
 def summed(call: Call) -> Label:
-    return _reduced(call, None, "")
+    return _reduced(call, None, 0.0)
 
 
-@rule(
-    *("aten.mean", "aten.var", "aten.std", "aten.prod", "aten.amax", "aten.amin", "aten.logsumexp"),
-    *("aten.any", "aten.all", "aten.max.default", "aten.min.default"),
-)
+@rule("aten.linalg_vector_norm", "aten.norm")
+def length(call: Call) -> Label:
+    """A sum of powers, at zeros too where the power is above zero."""
+    power = call.given("ord" if call.takes("ord") else "p")
+    sums = power is None or (isinstance(power, (int, float)) and power > 0)
+    return _reduced(call, None if sums else Pin.COUNT, 0.0 if sums else None)
+
+
+@rule("aten.mean", "aten.var", "aten.std")
 def counted(call: Call) -> Label:
-    return _reduced(call, Pin.COUNT, f"{call.node.target} over it")
+    return _reduced(call, Pin.COUNT)
+
+
+#: What leaves a reduction as it is.
+_NEUTRAL = {"prod": 1.0, "amax": -math.inf, "max": -math.inf, "logsumexp": -math.inf, "amin": math.inf, "min": math.inf}
+_NEUTRAL |= {"any": 0.0, "all": 1.0}
+
+
+@rule("aten.prod", "aten.logsumexp", "aten.any", "aten.all")
+@rule("aten.amax", "aten.amin", "aten.max.default", "aten.min.default")
+def masked(call: Call) -> Label:
+    return _reduced(call, Pin.MASK, _NEUTRAL[call.node.target._schema.name.partition("::")[2]])  # type: ignore[union-attr]
 
 
 @rule("aten.var_mean", "aten.std_mean", "aten.aminmax")
 def several(call: Call) -> Several:
-    found = _reduced(call, Pin.COUNT, f"{call.node.target} over it")
+    found = _reduced(call, Pin.COUNT)
     return Several((found, found))
 
 
@@ -58,7 +80,9 @@ def softmax(call: Call) -> Label:
     value = call.operand
     dims = call.dims(value)
     if dims:
-        call.pin([dims[axis_of(call, value)]], Pin.COUNT, "a softmax over it")
+        axis = axis_of(call, value)
+        call.pin([dims[axis]], Pin.MASK, "a softmax over it")
+        call.gathers(dims[axis], (value, axis), neutral=-math.inf)
     return tuple(dims)
 
 

@@ -49,6 +49,9 @@ def _convolution(call: Call, *, transposed: bool) -> Label:
     if isinstance(bias, fx.Node):
         call.join(call.dims(bias)[0], out)
     call.literal(call.place("groups"), group)
+    summed = ((call.given("input"), len(batch)), (call.given("weight"), 0 if transposed else 1))
+    whole = groups == 1 and not transposed and call.given("padding") in ([0] * len(space), "valid")
+    call.gathers(within if transposed else inner, *summed, bias="bias" if whole else None)
     call.pin([*space, *weight[2:]], Pin.ORDER, _SPACE)
     return (*batch, out, *_places(call, call.shape[len(batch) + 1 :]))
 

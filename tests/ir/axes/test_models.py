@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from architectures import ARCHITECTURES, EIGHT
-from axes_oracles import Tried, try_permutations, try_shrinks
-from laconic.ir.axes import Axes, changing, free
+from axes_oracles import Tried, try_permutations, try_shrinks, zeroed
+from laconic.ir.axes import Axes, analyse, changing, factors, free
+from laconic.ir.axes.dead import dead_positions
 from laconic.ir.capture import capture_module
 from laconic.ir.program import Program
 
@@ -61,6 +62,27 @@ def test_permuted_programs_compute_the_same(subject: tuple[str, Program]) -> Non
 def test_shrunk_programs_compute_what_masked_ones_do(subject: tuple[str, Program]) -> None:
     _, tried = try_shrinks(subject[1])
     _held(tried)
+
+
+def test_planted_zeros_are_found_and_nothing_else(subject: tuple[str, Program]) -> None:
+    """Half of each axis without a pin is zero in all weights: that half is dead, and nothing is where it is not so."""
+    _, program = subject
+    axes = analyse(program)
+    assert dead_positions(axes).kept == {}
+    expected, masked = {}, program
+    for k, factor in enumerate(changing(axes)):
+        if (
+            not factor.pins
+            and isinstance(factor.size, int)
+            and any(factor in set(factors(g.dim)) for g in axes.gathers)
+        ):
+            keep = sorted(torch.randperm(factor.size, generator=torch.Generator().manual_seed(k)).tolist()[::2])
+            twin = list(changing(now := analyse(masked)))[k]
+            masked, expected[k] = zeroed(now, twin, keep), keep
+    again = analyse(masked)
+    found = dead_positions(again).kept
+    assert {k: found[factor] for k, factor in enumerate(changing(again)) if factor in found} == expected
+    assert expected
 
 
 def _held(tried: list[Tried]) -> None:

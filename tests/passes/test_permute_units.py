@@ -1,0 +1,50 @@
+"""permute-units: units stand in order, and results stay what they were."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from axes_oracles import captured, distance, results
+from axes_programs import CASES, Case
+from helpers import optimize
+from laconic.passes.permute_units import PermuteUnits
+from laconic.passes.plans import read_plan, write_plan
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_results_stay(case: Case) -> None:
+    """Every check of the manager on; and once more it finds all in order."""
+    torch.manual_seed(0)
+    before = captured(case.weights, case.function, [torch.randn(shape) for shape in case.inputs])
+    run = optimize(before, "permute-units")
+    row = run.ledger.rows[-1]
+    assert row.modified == any(size > 1 for size in case.free), row.reason
+    assert distance(results(run.program), results(before)) < 1e-10
+    again = optimize(run.program, "permute-units").ledger.rows[-1]
+    assert not again.modified
+    assert again.reason
+
+
+@pytest.mark.parametrize(("by", "norm"), [("l2", 2.0), ("l1", 1.0), ("max", float("inf"))])
+def test_the_heaviest_come_first(by: Any, norm: float, tmp_path: Path) -> None:
+    (case,) = (case for case in CASES if case.name == "relu")
+    program = captured(case.weights, case.function, [torch.randn(5, 8)])
+    plan = PermuteUnits(by=by).plan(program)
+    made = PermuteUnits(by=by).apply(program, plan).program
+    parts = [made.weights["a"].value, made.weights["b"].value[:, None], made.weights["c"].value.t()]
+    keys = torch.cat(parts, 1).double().norm(norm, dim=1)
+    assert keys.tolist() == sorted(keys.tolist(), reverse=True)
+    write_plan(plan, tmp_path, 1)
+    assert str(read_plan(tmp_path, 1)) == str(plan)
+
+
+def test_what_no_axis_allows_is_said() -> None:
+    (case,) = (case for case in CASES if case.name == "an op without a rule")
+    program = captured(case.weights, case.function, [torch.randn(5, 8)])
+    row = optimize(program, "permute-units").ledger.rows[-1]
+    assert not row.modified
+    assert row.reason == "no axis of a weight is free"
