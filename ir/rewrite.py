@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from itertools import pairwise
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
+from laconic.ir.errors import UsageError
 from laconic.ir.program import Alias, Entry, Kind, Program, Weight
 from laconic.ir.propagate import recompute
+from laconic.ir.torch_private import expression
 from laconic.ir.traits import traits
-from laconic.ir.types import type_of
+from laconic.ir.types import Size, type_of
 
 
 def find(entry: Entry, name: str) -> fx.Node:
@@ -91,6 +95,42 @@ def insert_call(
     node.meta["by"] = by
     node.meta["val"] = recompute(program, node)
     return node
+
+
+def spell_size(program: Program, entry: Entry, before: fx.Node, size: Size, *, by: str) -> Any:
+    """A size as an argument for the call `before`: the number itself, or calls in front of it that compute it from axes
+    of the inputs.
+
+    Raises UsageError for a size that is no sum of products of dynamic axes.
+    """
+    if isinstance(size, int):
+        return size
+    terms = sympy.Poly(size).terms() if size.is_polynomial() else [((), sympy.nan)]
+    if any(not coefficient.is_Integer for _, coefficient in terms):
+        raise UsageError(f"%{before.name} needs a size that cannot be spelled", why=f"it would be {size}")
+    found: Any = None
+    for powers, coefficient in terms:
+        parts: list[Any] = [int(coefficient)] if coefficient != 1 or not any(powers) else []
+        for symbol, power in zip(sympy.Poly(size).gens, powers, strict=True):
+            parts += [_axis_size(program, entry, before, symbol, by)] * power
+        term = parts[-1]
+        for part in reversed(parts[:-1]):
+            term = insert_call(program, entry, before, operator.mul, (term, part), by=by, like=before)
+        if found is not None:
+            term = insert_call(program, entry, before, operator.add, (found, term), by=by, like=before)
+        found = term
+    return found
+
+
+def _axis_size(program: Program, entry: Entry, before: fx.Node, symbol: Any, by: str) -> fx.Node:
+    """A call in front of `before` that reads a dynamic size off an input."""
+    for value in entry.input_nodes():
+        for axis, size in enumerate(value.meta["val"].shape):
+            if expression(size) == symbol:
+                return insert_call(
+                    program, entry, before, torch.ops.aten.sym_size.int, (value, axis), by=by, like=before
+                )
+    raise UsageError(f"%{before.name} needs a size that no input has", why=f"it would hold {symbol}")
 
 
 def set_argument(node: fx.Node, name: str, value: Any, *, by: str) -> None:

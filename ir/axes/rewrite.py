@@ -23,7 +23,7 @@ from laconic.ir.errors import UsageError, VerificationError
 from laconic.ir.moves import RowMoves, moved, moved_alias
 from laconic.ir.program import Program
 from laconic.ir.propagate import propagate
-from laconic.ir.rewrite import add_constant, fake_weight, insert_call, set_argument, weight_node
+from laconic.ir.rewrite import add_constant, fake_weight, insert_call, set_argument, spell_size, weight_node
 from laconic.ir.types import Size, TensorType, TupleType, same_size, type_of
 
 aten = torch.ops.aten
@@ -128,9 +128,8 @@ class _Rewrite:
         node.meta["by"] = self.by
 
     def _number(self, node: fx.Node, size: Size) -> Any:
-        if not isinstance(size, int):
-            raise UsageError(f"%{node.name} spells a dynamic size that would change", why=f"to {size}")
-        return size
+        entry = next(entry for entry in self.result.entries.values() if entry.graph is node.graph)
+        return spell_size(self.result, entry, node, size, by=self.by)
 
     def _resplits(self) -> None:
         for found in self.axes.resplits:

@@ -3,10 +3,13 @@ permuted."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 
-from axes_oracles import captured, try_permutations
+from axes_oracles import captured, try_permutations, try_shrinks
 from axes_programs import CASES, Case
 from laconic.ir.axes.analysis import analyse
 from laconic.ir.axes.dims import SOFT, Pin
@@ -38,3 +41,24 @@ def test_a_part_that_starts_where_nobody_knows_is_pinned() -> None:
     axes = analyse(program)
     (found,) = (f for f in changing(axes) if f.size == 40)
     assert set(found.pins) == {Pin.ORDER}
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_numbers_that_spell_dynamic_sizes_are_spelled_again(batched: bool) -> None:
+    """Rows and channels in one axis, whose size stands in the graph: it is computed from the input's own size."""
+
+    def run(w: Any, x: torch.Tensor) -> torch.Tensor:
+        h = F.linear(x, w.a).reshape(-1, 3, 4).transpose(1, 2)
+        rows = h.reshape(x.shape[0] * 12, 1) if not batched else h.reshape(x.shape[0] * x.shape[1] * 12, 1)
+        return F.linear(rows.relu(), w.c).sum(0)
+
+    sizes = {0: torch.export.Dim("rows", min=3, max=30)}
+    if batched:
+        sizes[1] = torch.export.Dim("columns", min=3, max=30)
+    x = torch.randn(7, 5, 8) if batched else torch.randn(7, 8)
+    program = captured({"a": (12, 8), "c": (4, 1)}, run, [x], [sizes])
+    _, tried = try_permutations(program)
+    assert [trial.moved < 1e-10 for trial in tried] == [True] * 3  # sums do not care: permutations alone say nothing
+    _, tried = try_shrinks(program)
+    assert sorted(trial.factor.size for trial in tried) == [3, 4]
+    assert all(trial.moved < 1e-10 and not trial.void for trial in tried)
