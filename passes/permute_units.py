@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import fx
 
 from laconic.ir.axes import Axes, Factor, analyse, changing, factors, free
-from laconic.ir.axes.call import flat
+from laconic.ir.axes.classes import first_calls
 from laconic.ir.axes.positions import coordinates
 from laconic.ir.program import Kind, Program
 from laconic.passes.axes import AxesPass, class_action
@@ -38,7 +37,7 @@ class PermuteUnits(AxesPass):
 
     def plan(self, program: Program, statistics: Any = None, score: Any = None) -> Plan:
         axes = analyse(program)
-        where = _first_calls(axes)
+        where = first_calls(axes)
         units = [f for f in changing(axes) if free(f) and isinstance(f.size, int) and f in where]
         actions = []
         for factor, keys in _keys(axes, units, self.by).items():
@@ -50,17 +49,6 @@ class PermuteUnits(AxesPass):
 
     def said(self, plan: Plan) -> str:
         return f"{len(plan.actions)} axes put in order of their units' {self.by} norms"
-
-
-def _first_calls(axes: Axes) -> dict[Factor, fx.Node]:
-    """The first call that takes each factor."""
-    found: dict[Factor, fx.Node] = {}
-    for node in axes.labels:
-        for value in node.all_input_nodes:
-            for dim in (d for part in flat(axes.labels.get(value)) for d in part):
-                for factor in factors(dim):
-                    found.setdefault(factor, node)
-    return found
 
 
 def _keys(axes: Axes, units: list[Factor], by: str) -> dict[Factor, torch.Tensor]:

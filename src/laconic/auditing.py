@@ -15,6 +15,7 @@ from typing import Any
 import sympy
 from torch import fx, nn
 
+from laconic.axes_report import AxesAudit, audit_axes
 from laconic.cache import cache_folder
 from laconic.data.load import load_data
 from laconic.ir.capture import capture_module
@@ -34,6 +35,7 @@ from laconic.ir.types import type_of as kind_of
 from laconic.passes.base import Pass
 from laconic.passes.cse import Cse
 from laconic.passes.dce import Dce
+from laconic.passes.dead_units import DeadUnits
 from laconic.passes.dedup import Dedup
 from laconic.passes.manager import PassManager
 from laconic.passes.pipeline import parse_pipeline
@@ -84,7 +86,7 @@ class Audit:
 
     `outlined` are the nodes left to say if repeated blocks were said once; `exact` are the sizes that the exact preset
     leaves, `exact_outlined` both together. `top_weights` are names and bytes. `redundancy`, None without calibration,
-    are the tables of what a run on data found, the most redundant first.
+    are the tables of what a run on data found, the most redundant first. `axes` is None unless asked for.
     """
 
     program: Program
@@ -99,10 +101,13 @@ class Audit:
     entries: tuple[EntryAudit, ...]
     top_weights: tuple[tuple[str, int], ...]
     redundancy: tuple[Table, ...] | None = None
+    axes: AxesAudit | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As plain data: the document of `laconic audit --json`, but for the model's name."""
-        found = {} if self.redundancy is None else {"redundancy": [table.to_json() for table in self.redundancy]}
+        found: dict[str, Any] = {} if self.axes is None else {"axes": self.axes.to_json()}
+        if self.redundancy is not None:
+            found["redundancy"] = [table.to_json() for table in self.redundancy]
         return found | {
             "sizes": dict(self.sizes),
             "nodes": self.nodes,
@@ -123,12 +128,14 @@ def audit(
     dynamic_shapes: Any = None,
     sizes: Mapping[str, int] | None = None,
     calibration: Data | str | Path | None = None,
+    axes: bool = False,
 ) -> Audit:
     """What a model is made of and what it says twice. Never changes `model`.
 
     `inputs` (a tuple of positional or a dict of keyword arguments) and `dynamic_shapes` are those of `optimize`, for a
     module. `sizes` are those at which costs are counted, by the axes' names; the example's where not given. With
     `calibration` (`laconic.ir.data.Data`, or what the command line calls DATA) the model is run to find redundancy.
+    With `axes` it says which axes of weights are one, and what may be done to them.
 
     Raises UsageError for the name of no dynamic size, a size out of its range or data that does not fit, and what
     capture raises.
@@ -144,7 +151,7 @@ def audit(
     data = calibration
     if isinstance(data, (str, Path)):
         data = load_data(data, program, folder=folder, split="calibration")
-    return audit_program(program, sizes=sizes, calibration=data)
+    return audit_program(program, sizes=sizes, calibration=data, axes=axes)
 
 
 def audit_program(
@@ -152,6 +159,7 @@ def audit_program(
     *,
     sizes: Mapping[str, int] | None = None,
     calibration: Data | None = None,
+    axes: bool = False,
     progress: Callable[[str], None] = lambda stage: None,
     calibrating: Callable[[int, int], None] = lambda done, total: None,
 ) -> Audit:
@@ -166,7 +174,8 @@ def audit_program(
         progress(f"reading the structure of {entry.name}")
         entries.append(_entry_audit(program, entry, sizes))
     progress("asking the passes")
-    savings = tuple(_saving(program, item) for item in (Simplify(), Dedup(), Dedup(transposed=True), Cse(), Dce()))
+    asked = (Simplify(), Dedup(), Dedup(transposed=True), Cse(), Dce(), DeadUnits())
+    savings = tuple(_saving(program, item) for item in asked)
     run = PassManager(parse_pipeline("exact"), verify_each=False, check_contracts=False).run(program)
     after, small = run.ledger.after, run.program
     exact = {
@@ -175,6 +184,10 @@ def audit_program(
         "flops": sum(int(cost_at(small, entry, sizes).flops) for entry in small.entries.values()),
         "peak_bytes": max(peak_activation(small, entry, sizes).bytes for entry in small.entries.values()),
     }
+    labelled = None
+    if axes:
+        progress("labelling axes")
+        labelled = audit_axes(program)
     tables = None
     if calibration is not None:
         kept = cache_folder() / "calibration"
@@ -193,6 +206,7 @@ def audit_program(
         entries=tuple(entries),
         top_weights=tuple(weights[:_TOP]),
         redundancy=tables,
+        axes=labelled,
     )
 
 

@@ -76,7 +76,8 @@ def test_each_planted_redundancy_is_found_with_its_bytes(found: laconic.Audit) -
     # What initialisation makes equal beside: the norms' ones and zeros, once in three blocks.
     norms = 2 * WIDTH * 4
     by_spec = {saving.spec: saving for saving in found.savings}
-    assert list(by_spec) == ["simplify", "dedup", "dedup{transposed=yes}", "cse", "dce"]
+    assert list(by_spec) == ["simplify", "dedup", "dedup{transposed=yes}", "cse", "dce", "dead-units"]
+    assert by_spec["dead-units"].actions == {}
     assert by_spec["dedup"].weight_bytes == block + norms + 32 * 64 * 4
     assert by_spec["dedup"].actions["rows of another"] == 1
     assert by_spec["dedup{transposed=yes}"].weight_bytes == by_spec["dedup"].weight_bytes + 64 * 64 * 4
@@ -179,3 +180,52 @@ def test_the_command_as_json_and_its_usage_errors(folder: str, capfd: pytest.Cap
     assert (data["schema"], data["model"], data["sizes"]) == (1, folder, {"batch": 2})
     assert run(["audit", folder, "-q", "--size", "length=3"]) == 2
     assert "no dynamic size 'length'" in capfd.readouterr().err
+
+
+class Headed(nn.Module):
+    """Attention whose second head adds nothing, an MLP with a dead unit, and a product with an op that has no rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v, self.o = (nn.Linear(32, 32) for _ in range(4))
+        self.mlp, self.out = Block(), nn.Linear(32, 32)
+        with torch.no_grad():
+            self.o.weight[:, 8:16] = 0
+            self.mlp.down.weight[:, 7] = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (p(x).reshape(1, 5, 4, 8).transpose(1, 2) for p in (self.q, self.k, self.v))
+        x = x + self.o(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(1, 5, 32))
+        return torch.fft.fft(self.out(self.mlp(x))).real
+
+
+def test_axes_are_told_by_what_they_count() -> None:
+    found = laconic.audit(Headed(), inputs=(torch.randn(1, 5, 32),), axes=True).axes
+    assert found is not None
+    told = {
+        (own.what, own.size, own.permutable, own.shrinkable, dead)
+        for own, dead in zip(found.classes, found.dead, strict=True)
+    }
+    assert told == {
+        ("heads", 4, True, True, 1),
+        ("width of queries and keys", 8, True, True, 0),
+        ("width of values", 8, True, True, 0),
+        ("hidden units", 64, True, True, 1),
+        ("residual stream", 32, False, False, 0),
+        ("an axis of an op without a rule", 32, False, False, 0),
+    }
+    heads = next(own for own in found.classes if own.what == "heads")
+    assert set(heads.weights) == {f"{m}.{part}" for m in "qkv" for part in ("weight", "bias")} | {"o.weight"}
+    assert found.coverage.known == found.coverage.calls - 1  # the transform
+
+
+def test_the_command_tells_axes(folder: str, capfd: pytest.CaptureFixture[str]) -> None:
+    capfd.readouterr()
+    assert run(["audit", folder, "-q", "--axes"]) == 0
+    said = capfd.readouterr().out
+    assert "hidden units" in said
+    assert "permute, leave out" in said
+    assert "calls have a rule" in said
+    assert run(["audit", folder, "--json"]) == 0
+    assert "axes" not in json.loads(capfd.readouterr().out)

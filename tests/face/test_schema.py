@@ -24,7 +24,7 @@ COMMANDS = {
     "optimize": ["optimize", MODEL, "--dry-run", "--disable-pass", "cse"],
     "eval": ["eval", "DIR", "--against", "DIR", "--repeats", "2"],
     "export": ["export", "DIR", "-o", "F.onnx"],
-    "audit": ["audit", MODEL],
+    "audit": ["audit", MODEL, "--axes"],
     "bisect": ["bisect", MODEL, "--check", "grep -q '\"passes\": \\[\\]' {}/ledger.json"],
     "bench": ["bench", MODEL, "--repeats", "6", "--against", "eager"],
     "diff": ["diff", MODEL, "DIR"],

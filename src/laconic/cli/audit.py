@@ -43,6 +43,10 @@ def audit(
     html: Annotated[
         Path | None, typer.Option("--html", metavar="F", help="Also write a page with heat maps, in one file.")
     ] = None,
+    axes: Annotated[
+        bool,
+        typer.Option("--axes", help="Also say which axes of weights are one, and which may be permuted or left out."),
+    ] = False,
     size: Annotated[
         str, typer.Option("--size", help="Sizes other than the example's, e.g. batch=4,sequence=128.")
     ] = "",
@@ -73,7 +77,7 @@ def audit(
 
             data = load_data(calibration, program, folder=tokenizer or folder, split="calibration", batch=batch)
             calibrating = {"calibrating": shown.counted(f"calibrating on {data.name}")}
-        found = audit_program(program, sizes=sizes, calibration=data, progress=shown.stage, **calibrating)
+        found = audit_program(program, sizes=sizes, calibration=data, axes=axes, progress=shown.stage, **calibrating)
     if not speaks:
         return None
     document = {"schema": 1, "model": model, **found.to_json()}
@@ -87,6 +91,11 @@ def audit(
         return print_json(document)
     for line in _report(document):
         typer.echo(line)
+    if axes:
+        from laconic.axes_report import told
+
+        for line in told(document["axes"]):
+            typer.echo(line)
     for line in _redundancy(document.get("redundancy", [])):
         typer.echo(line)
     return None
