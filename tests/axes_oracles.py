@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +19,8 @@ from laconic.ir.inputs import cases
 from laconic.ir.precise import evaluate_precise
 from laconic.ir.program import Program
 from laconic.ir.verify import verify, verify_rewrite
+
+T = TypeVar("T")
 
 #: A result that moves by less than this share of its greatest value did not react.
 SILENT = 1e-6
@@ -92,13 +94,13 @@ def permuted(axes: Axes, factor: Factor, generator: torch.Generator) -> list[int
             return order
 
 
-def try_permutations(program: Program, *, seed: int = 0) -> tuple[Axes, list[Tried]]:
-    """Permute each free axis by itself, and all at once (the last trial)."""
+def try_permutations(program: Program, *, seed: int = 0, most: int = 1000) -> tuple[Axes, list[Tried]]:
+    """Permute each free axis by itself, so many at most, and all at once (the last trial)."""
     axes, base = analyse(program), results(program)
     generator = torch.Generator().manual_seed(seed)
     chosen = {f: permuted(axes, f, generator) for f in changing(axes) if free(f) and isinstance(f.size, int)}
     found = []
-    for factor, order in chosen.items():
+    for factor, order in sample(chosen.items(), most, generator):
         moved = rewrite(axes, {factor: order}, by="test")
         verify(moved)
         verify_rewrite(program, moved)
@@ -107,6 +109,12 @@ def try_permutations(program: Program, *, seed: int = 0) -> tuple[Axes, list[Tri
         together = rewrite(axes, chosen, by="test")
         found.append(Tried(next(iter(chosen)), distance(results(together), base), 1.0))
     return axes, found
+
+
+def sample(of: Iterable[T], most: int, generator: torch.Generator) -> list[T]:
+    """So many of them at most, in their order."""
+    known = list(of)
+    return [known[k] for k in sorted(torch.randperm(len(known), generator=generator).tolist()[:most])]
 
 
 def _fault(axes: Axes, factor: Factor, order: list[int], base: list[torch.Tensor]) -> float:
@@ -125,13 +133,13 @@ def _fault(axes: Axes, factor: Factor, order: list[int], base: list[torch.Tensor
     return worst
 
 
-def try_shrinks(program: Program, *, seed: int = 0) -> tuple[Axes, list[Tried]]:
-    """Leave out half of each axis that has no pin, with all weights zero there before; beside the difference from that
-    model, how far zeroing itself moved the results."""
+def try_shrinks(program: Program, *, seed: int = 0, most: int = 1000) -> tuple[Axes, list[Tried]]:
+    """Leave out half of each axis that has no pin, so many at most, with all weights zero there before; beside the
+    difference from that model, how far zeroing itself moved the results."""
     axes, base = analyse(program), results(program)
     generator = torch.Generator().manual_seed(seed)
     found = []
-    for factor in [f for f in changing(axes) if not f.pins and isinstance(f.size, int)]:
+    for factor in sample((f for f in changing(axes) if not f.pins and isinstance(f.size, int)), most, generator):
         keep = sorted(torch.randperm(factor.size, generator=generator).tolist()[: (factor.size + 1) // 2])
         masked = analyse(zeroed(axes, factor, keep))
         twin = next(f for f, own in zip(changing(masked), changing(axes), strict=True) if own is factor)
