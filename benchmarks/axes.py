@@ -1,4 +1,4 @@
-"""What the analysis of axes understands of every model of the support matrix, whether it is right, and how long it takes.
+"""What the analysis of axes understands of each model of the support matrix, whether it is right, and how fast it is.
 
     python benchmarks/axes.py benchmarks/results/axes.json [MODEL ...]
 

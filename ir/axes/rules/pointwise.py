@@ -98,8 +98,9 @@ def _left_of(call: Call, dim: Dim, right: int) -> Dim | None:
     times = quotient(size_of(dim), right)
     if times is None:
         return None
-    left = fresh(times)
-    call.join(dim, (*left, *fresh(right)))
+    left, rest = fresh(times), fresh(right)
+    call.join(dim, (*left, *rest))
+    call.literal(("args", 1), rest)
     return left
 
 
