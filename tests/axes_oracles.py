@@ -12,12 +12,13 @@ from torch import nn
 from laconic.ir.axes.analysis import analyse
 from laconic.ir.axes.dims import Factor, factors
 from laconic.ir.axes.labels import Axes
-from laconic.ir.axes.positions import old_positions
+from laconic.ir.axes.positions import Kept, old_positions, row_moves
 from laconic.ir.axes.rewrite import changing, free, rewrite
 from laconic.ir.capture import capture_module
 from laconic.ir.inputs import cases
+from laconic.ir.moves import Moves
 from laconic.ir.precise import evaluate_precise
-from laconic.ir.program import Program
+from laconic.ir.program import Kind, Program
 from laconic.ir.verify import verify, verify_rewrite
 
 T = TypeVar("T")
@@ -27,12 +28,15 @@ SILENT = 1e-6
 
 
 class Written(nn.Module):
-    """A module of named parameters and a function of them."""
+    """A module of named parameters and a function of them. Names that begin with `state` are buffers of zeros."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], function: Callable[..., Any]) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         for name, shape in shapes.items():
+            if name.startswith("state"):
+                self.register_buffer(name, torch.zeros(shape))
+                continue
             self.register_parameter(name, nn.Parameter(torch.randn(*shape, generator=generator) / 2))
         self.function = function
 
@@ -50,12 +54,13 @@ def captured(
     return capture_module(Written(shapes, function).eval(), tuple(inputs), {}, dynamic, check=False)
 
 
-def results(program: Program) -> list[torch.Tensor]:
-    """All that an entry returns and updates, for the largest of a few drawn inputs, computed in float64."""
+def results(program: Program, moves: Moves | None = None) -> list[torch.Tensor]:
+    """All that entries return and update, for the largest of a few drawn inputs, computed in float64; states as `moves`
+    would have them."""
     found: list[torch.Tensor] = []
     for entry in program.entries.values():
         drawn = max(cases(program, entry, 4), key=lambda case: sum(t.numel() for t in case.inputs))
-        outcome = evaluate_precise(program, entry, drawn.inputs)
+        outcome = evaluate_precise(program, entry, drawn.inputs).moved(moves or {})
         found += [value for value in outcome.tensors().values() if isinstance(value, torch.Tensor)]
     return found
 
@@ -104,11 +109,17 @@ def try_permutations(program: Program, *, seed: int = 0, most: int = 1000) -> tu
         moved = rewrite(axes, {factor: order}, by="test")
         verify(moved)
         verify_rewrite(program, moved)
-        found.append(Tried(factor, distance(results(moved), base), _fault(axes, factor, order, base)))
+        found.append(Tried(factor, _gap(moved, axes, {factor: order}, base), _fault(axes, factor, order, base)))
     if chosen:
-        together = rewrite(axes, chosen, by="test")
-        found.append(Tried(next(iter(chosen)), distance(results(together), base), 1.0))
+        found.append(Tried(next(iter(chosen)), _gap(rewrite(axes, chosen, by="test"), axes, chosen, base), 1.0))
     return axes, found
+
+
+def _gap(made: Program, axes: Axes, kept: Kept, base: list[torch.Tensor]) -> float:
+    """How far a rewritten program's results are from those of the program that it was made of."""
+    moves = row_moves(axes, kept)
+    states = any(axes.program.weights[name].kind is Kind.STATE for name in moves)
+    return distance(results(made), results(axes.program, moves) if states else base)
 
 
 def sample(of: Iterable[T], most: int, generator: torch.Generator) -> list[T]:
@@ -145,8 +156,8 @@ def try_shrinks(program: Program, *, seed: int = 0, most: int = 1000) -> tuple[A
         twin = next(f for f, own in zip(changing(masked), changing(axes), strict=True) if own is factor)
         small = rewrite(masked, {twin: keep}, by="test")
         verify(small)
-        expected = results(masked.program)
-        found.append(Tried(factor, distance(results(small), expected), distance(expected, base)))
+        expected = results(masked.program, row_moves(masked, {twin: keep}))
+        found.append(Tried(factor, distance(results(small), expected), distance(results(masked.program), base)))
     return axes, found
 
 

@@ -260,6 +260,44 @@ CASES = [
         (3, 4, 4),
     ),
     Case(
+        "a mask for each head",
+        dict.fromkeys("qkv", (12, 8)) | {"o": (8, 12), "m": (3, 5, 5)},
+        lambda w, x: F.linear(_attend(w, x, mask=w.m), w.o),
+        (3, 4, 4),
+    ),
+    Case(
+        "a state",
+        {"a": (6, 8), "state": (7, 6), "c": (4, 6)},
+        lambda w, x: F.linear(w.state.index_copy_(0, torch.arange(5), F.linear(x, w.a)), w.c),
+        (6,),
+        {7: {Pin.DATA_INDEX}},
+    ),
+    Case(
+        "a state written over",
+        {"a": (6, 8), "state": (5, 6), "c": (4, 6)},
+        lambda w, x: (F.linear(w.state.clone(), w.c), w.state.copy_(F.linear(x, w.a)))[0],
+        (6,),
+        symmetric=(),
+    ),
+    Case(
+        "a tied weight",
+        {"a": (12, 8), "g": (12,)},
+        lambda w, x: F.linear(F.linear(x, w.a).relu() * w.g, w.a.t()),
+        (12,),
+    ),
+    Case(
+        "how often each was chosen",
+        {"r": (6, 8), "c": (4, 6)},
+        lambda w, x: F.linear(F.linear(x, w.r).topk(2).indices.reshape(-1).float().histc(6, 0, 5), w.c),
+        (6,),
+    ),
+    Case(
+        "interleaved rotation",
+        {"a": (12, 8), "s": (6,), "c": (4, 12)},
+        through(lambda w, h: torch.stack([h[:, ::2] * w.s, h[:, 1::2] / w.s], -1).flatten(1)),
+        (6,),
+    ),
+    Case(
         "index of a table by data",
         {"e": (9, 6), "c": (4, 6)},
         lambda w, x: F.linear(F.embedding(x.abs().long() % 9, w.e), w.c),
@@ -323,9 +361,9 @@ def _heads(x: torch.Tensor, count: int) -> torch.Tensor:
     return x.reshape(1, x.shape[0], count, -1).transpose(1, 2)
 
 
-def _attend(w: Any, x: torch.Tensor) -> torch.Tensor:
+def _attend(w: Any, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     q, k, v = (_heads(F.linear(x, m), 3) for m in (w.q, w.k, w.v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(x.shape[0], 12)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None).transpose(1, 2).reshape(x.shape[0], 12)
 
 
 def _shared(w: Any, x: torch.Tensor) -> torch.Tensor:
