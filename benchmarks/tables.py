@@ -194,6 +194,41 @@ def training() -> str:
     return "\n".join([*lines, "", note])
 
 
+def axes() -> str:
+    data = result("axes")
+    lines = [
+        "| model | calls with a rule | free axes of weights | weight elements with a free axis | permuted | halved |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in data["models"].items():
+        if "problem" in row:
+            lines.append(f"| {name} | {row['problem']} | | | | |")
+            continue
+        trials = [
+            f"{row[kind]['tried'] - row[kind]['void']} of {row[kind]['tried']}, {row[kind]['worst']:.0e}"
+            for kind in ("permuted", "halved")
+        ]
+        lines.append(
+            f"| {name} | {row['known_calls'] / row['calls']:.0%} of {row['calls']:,} | "
+            f"{row['free_weight_axes']} of {row['weight_axes']} | "
+            f"{row['elements_with_a_free_axis'] / row['weight_elements']:.0%} | {' | '.join(trials)} |"
+        )
+    times = data["times"]
+    static, dynamic = times["static"], times["dynamic"]
+    one, most = "one hidden axis", "all axes without a pin"
+    note = (
+        f"Permuted and halved: trials that say something, of those tried (at most {data['most']}, drawn, and all "
+        "at once), and the largest error in float64, relative to the largest result. A trial says nothing if the "
+        "results do not move even with one weight alone permuted, or with zeros put in. On "
+        f"{static['nodes']:,} nodes the analysis takes {static['analysis']['seconds']:.1f} s "
+        f"({dynamic['analysis']['seconds']:.1f} s with dynamic axes), halving one axis {static[one]['seconds']:.1f} s "
+        f"({dynamic[one]['seconds']:.1f} s), halving {static[most]['axes']} axes, by which "
+        f"{static[most]['nodes_touched']:,} calls change, {static[most]['seconds']:.1f} s "
+        f"({dynamic[most]['seconds']:.1f} s). {_where(data)}"
+    )
+    return "\n".join([*lines, "", note])
+
+
 def zoo() -> str:
     lines = [
         "| model | weights | measured on the test split | against | better by |",
@@ -241,11 +276,12 @@ TABLES = {
     "compile_latency": compile_latency,
     "load_time": load_time,
     "training": training,
+    "axes": axes,
     "zoo": zoo,
 }
 
 
-PAGES = (ROOT / "README.md", ROOT / "docs/torch-compile.md", ROOT / "models/README.md")
+PAGES = tuple(ROOT / page for page in ("README.md", "docs/torch-compile.md", "docs/axes.md", "models/README.md"))
 
 
 def filled(text: str) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from laconic.ir.axes.analysis import analyse
+from laconic.ir.axes.dead import dead_positions
 from laconic.ir.axes.dims import Factor, factors
 from laconic.ir.axes.labels import Axes
 from laconic.ir.axes.positions import Kept, old_positions, row_moves
@@ -103,7 +104,8 @@ def try_permutations(program: Program, *, seed: int = 0, most: int = 1000) -> tu
     """Permute each free axis by itself, so many at most, and all at once (the last trial)."""
     axes, base = analyse(program), results(program)
     generator = torch.Generator().manual_seed(seed)
-    chosen = {f: permuted(axes, f, generator) for f in changing(axes) if free(f) and isinstance(f.size, int)}
+    units = [f for f in changing(axes) if free(f) and isinstance(f.size, int) and f.size > 1]
+    chosen = {f: permuted(axes, f, generator) for f in units}
     found = []
     for factor, order in sample(chosen.items(), most, generator):
         moved = rewrite(axes, {factor: order}, by="test")
@@ -144,9 +146,10 @@ def _fault(axes: Axes, factor: Factor, order: list[int], base: list[torch.Tensor
     return worst
 
 
-def try_shrinks(program: Program, *, seed: int = 0, most: int = 1000) -> tuple[Axes, list[Tried]]:
+def try_shrinks(program: Program, *, seed: int = 0, most: int = 1000, proved: bool = True) -> tuple[Axes, list[Tried]]:
     """Leave out half of each axis that has no pin, so many at most, with all weights zero there before; beside the
-    difference from that model, how far zeroing itself moved the results."""
+    difference from that model, how far zeroing itself moved the results. Unless it need not be `proved`, axes of which
+    zeros in weights do not prove that positions may go, as the times that something is repeated, are left out."""
     axes, base = analyse(program), results(program)
     generator = torch.Generator().manual_seed(seed)
     found = []
@@ -154,6 +157,8 @@ def try_shrinks(program: Program, *, seed: int = 0, most: int = 1000) -> tuple[A
         keep = sorted(torch.randperm(factor.size, generator=generator).tolist()[: (factor.size + 1) // 2])
         masked = analyse(zeroed(axes, factor, keep))
         twin = next(f for f, own in zip(changing(masked), changing(axes), strict=True) if own is factor)
+        if proved and not set(dead_positions(masked).kept.get(twin, range(factor.size))) <= set(keep):
+            continue
         small = rewrite(masked, {twin: keep}, by="test")
         verify(small)
         expected = results(masked.program, row_moves(masked, {twin: keep}))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -113,6 +114,11 @@ def stays(text: str, pipeline: str, **given: torch.Tensor) -> str:
 def ops(program: Program) -> list[str]:
     """The ops of the entry `forward`, in order, by name."""
     return [str(node.target) for node in program.forward.calls()]
+
+
+def sampled(values: Iterable[Any], every: int) -> list[Any]:
+    """Parameters for a test, of which all but each so manieth run in the slow tier."""
+    return [v if not k % every else pytest.param(v, marks=pytest.mark.slow) for k, v in enumerate(values)]
 
 
 def eager(module: nn.Module, inputs: list[torch.Tensor], seed: int = 7) -> Any:

@@ -66,3 +66,20 @@ def test_losses_of_two_hundred_steps() -> None:
         assert row["losses"][1] < 0.9 * row["losses"][0]
         assert row["largest_relative_difference"] < 2 * max(row["last_bits_of_weights"]), "more than rounding"
         assert row["dropout"]["standard_errors_apart"] < 3.5
+
+
+def test_axes() -> None:
+    found = result("axes")
+    models = {name: row for name, row in found["models"].items() if "problem" not in row}
+    assert len([name for name in models if name.startswith("zoo:")]) == 7
+    assert len(models) >= 27
+    for row in models.values():
+        assert row["known_calls"] == row["calls"]
+        for kind in ("permuted", "halved"):
+            assert row[kind]["worst"] < 1e-10
+            assert row[kind]["void"] <= 0.2 * row[kind]["tried"]
+    for times in found["times"].values():
+        assert times["nodes"] >= 10_000
+        assert times["analysis"]["seconds"] < 5
+        for what in ("one hidden axis", "all hidden axes", "all axes without a pin"):
+            assert times[what]["seconds"] < 2 + 0.002 * times[what]["nodes_touched"]

@@ -236,6 +236,7 @@ def wrong_of(case: Case) -> str:
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "case"), [(name, case) for name, (_, cases) in FAULTS.items() for case in cases])
 def test_a_fault_is_seen(name: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert wrong_of(BY_NAME[case]) == ""
