@@ -9,7 +9,7 @@ token that may be attended to. Prompts of different length are padded on the lef
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -36,11 +36,12 @@ class WithCache(nn.Module):
         layers = config.num_hidden_layers
         # Layers with a window keep all that they have seen too: the mask says what they see, and places stay places.
         self.cache = Cache(layers=[StaticLayer(max_cache_len=length) for _ in range(layers)])
+        self.layers = cast(list[Any], self.cache.layers)
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         weight = next(model.parameters())
         self.cache.early_initialization(batch, heads, width, weight.dtype, weight.device)
-        for k, layer in enumerate(self.cache.layers):
+        for k, layer in enumerate(self.layers):
             self.register_buffer(f"key_cache_{k}", layer.keys, persistent=False)
             self.register_buffer(f"value_cache_{k}", layer.values, persistent=False)
         takes = inspect.signature(model.forward).parameters
@@ -54,7 +55,7 @@ class WithCache(nn.Module):
         position_ids: torch.Tensor,
         cache_position: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        for k, layer in enumerate(self.cache.layers):
+        for k, layer in enumerate(self.layers):
             layer.keys, layer.values = getattr(self, f"key_cache_{k}"), getattr(self, f"value_cache_{k}")
             layer.cumulative_length = cache_position[0].clone()
         placed = {"position_ids": position_ids} if self._positions else {}
@@ -70,28 +71,50 @@ class WithCache(nn.Module):
 
 
 def capture_cached(model: nn.Module, forward: Program, *, batch: int, length: int) -> Program:
-    """The Program `forward` of a causal model, with entries that generate: `prefill` of prompts of 2 to `length` - 1 tokens,
-    `decode` of one; caches for so many sequences of so many tokens.
+    """The Program `forward` of a causal model, with entries that generate, and caches for so many sequences of so many
+    tokens: `prefill` of prompts of 2 tokens to all but one, `decode` of one.
 
     Raises UsageError for sizes that hold nothing, UnsupportedError for a model whose cache is not of this kind.
     """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise UnsupportedError(
+            f"{type(model).__name__} cannot be captured with a cache",
+            why="it is an encoder with a decoder, whose cache has keys of both",
+            hint="causal models of transformers with attention in every layer can",
+        )
     if batch < 1 or length < 3:
-        raise UsageError(f"a cache of {batch} sequences of {length} tokens", hint="at least one sequence of three tokens")
+        raise UsageError(
+            f"a cache of {batch} sequences of {length} tokens", hint="at least one sequence of three tokens"
+        )
     try:
         cached = WithCache(model, batch, length).eval()
-    except (AttributeError, TypeError, ImportError) as problem:
+    except (AttributeError, TypeError, ImportError, StopIteration) as problem:
         raise UnsupportedError(
             f"{type(model).__name__} cannot be captured with a cache",
             why=str(problem).splitlines()[0],
             hint="causal models of transformers with attention in every layer can",
         ) from problem
     tokens = Dim("tokens", min=2, max=length - 1)
-    dynamic = {"input_ids": {1: tokens}, "attention_mask": None, "position_ids": {1: tokens}, "cache_position": {0: tokens}}
+    dynamic = {
+        "input_ids": {1: tokens},
+        "attention_mask": None,
+        "position_ids": {1: tokens},
+        "cache_position": {0: tokens},
+    }
     prompt = min(5, length - 1)
     entries = {
         PREFILL: capture_module(cached, (), example(batch, length, prompt, 0), dynamic, check=False),
         DECODE: capture_module(cached, (), example(batch, length, 1, prompt), None, check=False),
     }
+    for name, program in entries.items():
+        missing = {f"{part}_cache_{k}" for part in ("key", "value") for k in range(len(cached.layers))}
+        missing -= program.forward.updated()
+        if missing:
+            raise UnsupportedError(
+                f"{type(model).__name__} cannot be captured with a cache",
+                why=f"{name} does not write into {', '.join(sorted(missing)[:4])}",
+                hint="causal models of transformers with attention in every layer can",
+            )
     return combine({"forward": forward, **entries})
 
 

@@ -17,6 +17,7 @@ import torch
 
 from laconic.ir.errors import UsageError, did_you_mean
 from laconic.ir.program import Entry, Input, Program
+from laconic.ir.torch_private import free_symbols
 from laconic.ir.types import TensorType, type_of
 
 log = logging.getLogger(__name__)
@@ -37,13 +38,15 @@ class Case:
     sizes: dict[str, int]
     given: bool = False
     wide: bool = False
+    entry: str = "forward"
 
     def clone(self) -> list[torch.Tensor]:
         return [t.clone() for t in self.inputs]
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{k}={v}" for k, v in self.sizes.items()) or "fixed sizes"
-        return f"{'given' if self.given else 'widely drawn' if self.wide else 'drawn'} inputs ({sizes})"
+        whose = "" if self.entry == "forward" else f" of {self.entry}"
+        return f"{'given' if self.given else 'widely drawn' if self.wide else 'drawn'} inputs{whose} ({sizes})"
 
 
 def observed(name: str, example: torch.Tensor) -> Input:
@@ -99,7 +102,9 @@ def draw(program: Program, entry: Entry, sizes: dict[str, int], seed: int, *, wi
             )
             tensor = strided.copy_(tensor)
         inputs.append(tensor)
-    return Case(inputs, chosen, wide=wide)
+    seen = {s.name for node in entry.input_nodes() for s in free_symbols(node.meta["val"])}
+    own = {s.name: chosen[s.name] for key, s in program.symbols.items() if key in seen or entry.name == "forward"}
+    return Case(inputs, own, wide=wide, entry=entry.name)
 
 
 def _size(size: int | sympy.Expr, values: dict[str, int]) -> int:
@@ -170,13 +175,21 @@ def size_choices(program: Program, count: int) -> list[dict[str, int]]:
 def cases(program: Program, entry: Entry, count: int = 3, seed: int = 0) -> list[Case]:
     """The captured examples, `count` drawn cases, at different sizes where sizes are free, and, if there are floating
     inputs, one that is drawn from a wider range."""
-    found = [Case(list(example), _sizes_of(program, entry, example), given=True) for example in program.examples]
+    examples = program.examples if entry.name == "forward" else []
+    found = [Case(list(example), _sizes_of(program, entry, example), given=True) for example in examples]
     choices = size_choices(program, count) or [{}]
     for k in range(count):
         found.append(draw(program, entry, choices[k % len(choices)], seed + k))
     if any(node.meta["val"].is_floating_point() or node.meta["val"].is_complex() for node in entry.input_nodes()):
         found.append(draw(program, entry, {}, seed + count, wide=True))
     return found
+
+
+def cases_beside(program: Program, count: int = 3) -> list[Case]:
+    """Drawn cases of all entries but `forward`, in the order in which states pass from one to the next."""
+    return [
+        case for name, entry in program.entries.items() if name != "forward" for case in cases(program, entry, count)
+    ]
 
 
 def cases_again(program: Program, usual: Sequence[Case]) -> list[Case]:

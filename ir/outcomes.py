@@ -6,7 +6,7 @@ This is what contracts compare, what a saved DIR and a .pt2 are held to bit for 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,25 +25,30 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What a program returns on each case, which of that shares memory, and the state of the random generator left."""
+    """What a program returns on each case, which of that shares memory, the state of the random generator left, and the
+    states that each case began with, where they are not the program's own."""
 
     cases: list[Case]
     outcomes: list[Outcome]
     generators: list[torch.Tensor]
     sharing: list[frozenset[tuple[str, str]]]
+    began: list[dict[str, torch.Tensor]]
 
     @classmethod
     def of(cls, program: Program, cases: Sequence[Case]) -> Outcomes:
-        """Run the entry `forward` on every case.
+        """Run every case: those of `forward` with the program's own states, those of other entries one after another,
+        each with the states that the one before it left.
 
         A drawn case on which the program itself raises is left out, and logged; a given one raises. Raises
         VerificationError if none is left.
         """
-        found = cls([], [], [], [])
+        found = cls([], [], [], [], [])
+        left: dict[str, torch.Tensor] = {}
         for case in cases:
+            began = {} if case.entry == "forward" else left
             try:
                 inputs = case.clone()
-                outcome, generator = _run(program, inputs)
+                outcome, generator = _run(with_states(program, began), case.entry, inputs)
             except Exception as problem:  # an op's own check of sizes or values: any type
                 if case.given:
                     raise
@@ -52,7 +57,10 @@ class Outcomes:
             found.cases.append(case)
             found.outcomes.append(outcome)
             found.generators.append(generator)
-            found.sharing.append(_sharing(program, inputs, outcome))
+            found.sharing.append(_sharing(program, case.entry, inputs, outcome))
+            found.began.append(began)
+            if case.entry != "forward":
+                left = {**left, **outcome.states}
         if not found.cases:
             raise VerificationError(
                 "there is no input on which the program runs, so nothing can be compared",
@@ -69,14 +77,22 @@ class Outcomes:
 
 
 def run_case(program: Program, case: Case) -> Outcome:
-    """Run the entry `forward` once on a copy of the case's inputs."""
-    return _run(program, case.clone())[0]
+    """Run the case's entry once on a copy of its inputs."""
+    return _run(program, case.entry, case.clone())[0]
 
 
-def _sharing(program: Program, inputs: list[torch.Tensor], outcome: Outcome) -> frozenset[tuple[str, str]]:
+def with_states(program: Program, states: Mapping[str, torch.Tensor]) -> Program:
+    """The program with other states, of which the names are the program's."""
+    if not states:
+        return program
+    changed = {name: replace(program.weights[name], value=value) for name, value in states.items()}
+    return replace(program, weights={**program.weights, **changed})
+
+
+def _sharing(program: Program, entry: str, inputs: list[torch.Tensor], outcome: Outcome) -> frozenset[tuple[str, str]]:
     """The pairs of names whose tensors lie in one storage: of a value that is returned, with another or with an input
     or row. Seen in memory, whatever the graph says."""
-    homes = {f"input {i.name}": t for i, t in zip(program.forward.inputs, inputs, strict=True)}
+    homes = {f"input {i.name}": t for i, t in zip(program.entries[entry].inputs, inputs, strict=True)}
     homes.update({f"weight {name}": w.value for name, w in program.weights.items()})
     returned = {name: v for name, v in outcome.tensors().items() if isinstance(v, torch.Tensor)}
     places: dict[int, list[str]] = {}
@@ -88,7 +104,7 @@ def _sharing(program: Program, inputs: list[torch.Tensor], outcome: Outcome) -> 
     )
 
 
-def _run(program: Program, inputs: list[torch.Tensor]) -> tuple[Outcome, torch.Tensor]:
+def _run(program: Program, entry: str, inputs: list[torch.Tensor]) -> tuple[Outcome, torch.Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(SEED)  # no other device's
-        return evaluate(program, program.forward, inputs), torch.get_rng_state()
+        return evaluate(program, program.entries[entry], inputs), torch.get_rng_state()

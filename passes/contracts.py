@@ -12,7 +12,7 @@ from laconic.ir.errors import VerificationError
 from laconic.ir.inputs import Case, cases_again
 from laconic.ir.metrics.differences import bit_equal, max_abs
 from laconic.ir.moves import Moves, moved, moved_alias
-from laconic.ir.outcomes import Outcomes
+from laconic.ir.outcomes import Outcomes, with_states
 from laconic.ir.precise import Deviation, deviation, evaluate_precise, pooled
 from laconic.ir.program import Alias, Program
 from laconic.passes.base import Contract
@@ -118,12 +118,13 @@ def _tolerance(program: Program, before: Outcomes, after: Outcomes, rewritten: P
 
 def _deviations(program: Program, before: Outcomes, after: Outcomes, moves: Moves) -> list[tuple[Case, Deviation]]:
     """Each output on each case, with what is allowed pooled over the cases."""
-    families: dict[str, list[tuple[Case, Deviation]]] = defaultdict(list)
-    for (case, old), (_, new) in zip(before, after, strict=True):
-        reference = evaluate_precise(program, program.forward, case.clone()).moved(moves).tensors()
+    families: dict[tuple[str, str], list[tuple[Case, Deviation]]] = defaultdict(list)
+    for (case, old), (_, new), began in zip(before, after, before.began, strict=True):
+        started, entry = with_states(program, began), program.entries[case.entry]
+        reference = evaluate_precise(started, entry, case.clone()).moved(moves).tensors()
         found = new.tensors()
         for name, value in old.tensors().items():
-            families[name].append((case, deviation(name, value, found[name], reference[name])))
+            families[case.entry, name].append((case, deviation(name, value, found[name], reference[name])))
     return [
         (case, row)
         for family in families.values()

@@ -16,7 +16,7 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from laconic.ir.errors import LaconicError, UsageError, VerificationError
-from laconic.ir.inputs import Case, cases
+from laconic.ir.inputs import Case, cases, cases_beside
 from laconic.ir.outcomes import Outcomes
 from laconic.ir.outline import inline
 from laconic.ir.program import Program
@@ -129,8 +129,8 @@ class PassManager:
         """Run all passes on `program`, inlined; it is left as it is.
 
         Contracts are checked on `inputs`, else on the captured examples and drawn ones at other sizes, by the entry
-        `forward`: a program that has others too is not called verified. Raises VerificationError if a pass breaks a
-        rule or its contract.
+        `forward`; other entries on drawn inputs, one after another, with the states that the one before left. Raises
+        VerificationError if a pass breaks a rule or its contract.
         """
         self._refuse_unmet_needs()
         program = inline(program)
@@ -139,7 +139,7 @@ class PassManager:
         self._timed(Phase.VERIFY, verify, program)
         captured = None
         if self.check_contracts:
-            chosen = inputs or cases(program, program.forward)
+            chosen = [*(inputs or cases(program, program.forward)), *cases_beside(program)]
             captured = self._timed(Phase.CHECK, Outcomes.of, program, chosen)
         model = str(program.facts.get("model", "program"))
         before = measure(program, 0.0 if captured else None, self.judge(program))
@@ -153,7 +153,7 @@ class PassManager:
                 self._step(state, position, item)
             else:
                 self._skip(state.run, position, item, reason)
-        ledger.verified = self.verify_each and self.check_contracts and list(program.entries) == ["forward"]
+        ledger.verified = self.verify_each and self.check_contracts
         ledger.checked = [str(case) for case in captured.cases] if captured else []
         for instrument in self.instruments:
             instrument.finished(state.run.program, ledger)

@@ -24,7 +24,7 @@ def _ids(*shape: int) -> torch.Tensor:
     return torch.randint(0, 100, shape)
 
 
-def _text(**extra: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def text(**extra: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     inputs = {"input_ids": _ids(3, 7), "attention_mask": torch.ones(3, 7, dtype=torch.long), **extra}
     axes: dict[str, Any] = {"input_ids": {0: BATCH, 1: SEQUENCE}, "attention_mask": {0: BATCH, 1: SEQUENCE}}
     return inputs, axes | dict.fromkeys(extra)
@@ -34,14 +34,14 @@ def bert(layers: int = 2) -> Case:
     config = hf.BertConfig(
         hidden_size=32, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=64, vocab_size=100
     )
-    return hf.BertModel(config), *_text()
+    return hf.BertModel(config), *text()
 
 
 def gpt2(layers: int = 2) -> Case:
     config = hf.GPT2Config(
         n_embd=32, n_layer=layers, n_head=4, vocab_size=100, n_positions=64, bos_token_id=0, eos_token_id=0
     )
-    return hf.GPT2LMHeadModel(config), *_text(use_cache=False)
+    return hf.GPT2LMHeadModel(config), *text(use_cache=False)
 
 
 def llama(layers: int = 2, **changes: Any) -> Case:
@@ -54,13 +54,13 @@ def llama(layers: int = 2, **changes: Any) -> Case:
         vocab_size=100,
         **changes,
     )
-    return hf.LlamaForCausalLM(config), *_text(use_cache=False)
+    return hf.LlamaForCausalLM(config), *text(use_cache=False)
 
 
 def t5(layers: int = 2, decoder_layers: int = 2) -> Case:
     layered = {"num_layers": layers, "num_decoder_layers": decoder_layers}
     config = hf.T5Config(d_model=32, num_heads=4, d_kv=8, d_ff=64, vocab_size=100, **layered)
-    inputs, axes = _text(decoder_input_ids=_ids(3, 5), use_cache=False)
+    inputs, axes = text(decoder_input_ids=_ids(3, 5), use_cache=False)
     return hf.T5ForConditionalGeneration(config), inputs, axes | {"decoder_input_ids": {0: BATCH, 1: TARGET}}
 
 
@@ -110,7 +110,7 @@ def qwen3_moe(**changes: Any) -> Case:
         "vocab_size": 100,
         "max_position_embeddings": 64,
     }
-    return hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**(settings | changes))), *_text(use_cache=False)
+    return hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**(settings | changes))), *text(use_cache=False)
 
 
 def sparse_by_turns() -> Case:
@@ -133,7 +133,7 @@ def local_by_turns() -> Case:
         layer_types=["sliding_attention", "full_attention"] * 3,
         attn_implementation="sdpa",
     )
-    return hf.Gemma3ForCausalLM(config), *_text(use_cache=False)
+    return hf.Gemma3ForCausalLM(config), *text(use_cache=False)
 
 
 def whisper() -> Case:

@@ -18,11 +18,13 @@ from laconic.figures import Judge
 from laconic.ir.capture import capture_module
 from laconic.ir.data import Data
 from laconic.ir.errors import UsageError
+from laconic.ir.hf_cached import capture_cached
 from laconic.ir.inputs import Case, cases
 from laconic.ir.metrics.registry import load as load_metric
 from laconic.ir.program import Program
 from laconic.ir.run import Runnable, check_inputs, flatten_arguments
 from laconic.ir.types import type_of
+from laconic.model import Model
 from laconic.passes.base import Pass, Plan
 from laconic.passes.ledger import Ledger
 from laconic.passes.manager import Contents, Instrument, PassManager, no_metrics
@@ -41,9 +43,9 @@ class Result:
     contents: Contents = field(default_factory=Contents, repr=False)
 
     @cached_property
-    def model(self) -> Runnable:
+    def model(self) -> Model:
         """The optimised program as a callable module, with the captured model's arguments."""
-        return Runnable(self.program)
+        return Model(self.program)
 
     def save(
         self,
@@ -64,20 +66,30 @@ class Result:
         )
 
 
-def capture(model: nn.Module | str | Path, *args: Any, dynamic_shapes: Any = None, **kwargs: Any) -> Program:
+def capture(
+    model: nn.Module | str | Path,
+    *args: Any,
+    dynamic_shapes: Any = None,
+    cache: tuple[int, int] | None = None,
+    **kwargs: Any,
+) -> Program:
     """Capture a model as called with these example inputs, in eval mode without gradients.
 
     `model` is a module, or what the command line calls MODEL (then no inputs are given). `dynamic_shapes` is
     torch.export's, by argument name: `{"x": {0: torch.export.Dim("batch")}}`, None for what is no tensor. The model is
     left as it was; weights are shared, states copied.
 
+    With `cache`, sequences and tokens, a causal model of transformers can generate: it gets entries for a prompt and
+    for one token more, with caches of that size.
+
     Raises UnsupportedError with the user's source line if the model cannot be captured.
     """
     if isinstance(model, nn.Module):
-        return capture_module(model, args, kwargs, dynamic_shapes)
+        program = capture_module(model, args, kwargs, dynamic_shapes)
+        return program if cache is None else capture_cached(model, program, batch=cache[0], length=cache[1])
     if args or kwargs or dynamic_shapes is not None:
         raise UsageError(f"{model} brings its own example inputs", hint="capture(path) takes no others")
-    return sources.program_of(str(model))
+    return sources.program_of(str(model), cache=cache)
 
 
 def optimize(
@@ -92,6 +104,7 @@ def optimize(
     data: Data | str | Path | None = None,
     metric: str | Sequence[str] = "kl",
     calibration: Data | str | Path | None = None,
+    cache: tuple[int, int] | None = None,
 ) -> Result:
     """Run a pipeline on a model and prove at each step what it cost. Never changes `model`.
 
@@ -100,6 +113,8 @@ def optimize(
     verifier and the contract checks off; the result then counts as unverified.
 
     `pipeline` is a text such as "dedup,cse", or a sequence of passes and such texts.
+
+    With `cache`, sequences and tokens, the result can `generate`, if `model` is a causal model of transformers.
 
     With `data` (`laconic.ir.data.Data`, or what the command line calls DATA) the ledger tells each `metric` after each
     pass. `calibration` is what passes decide on: data that overlaps it is refused.
@@ -113,9 +128,14 @@ def optimize(
         if not given:
             raise UsageError("a module needs example inputs", hint="optimize(model, inputs=(x,)) or inputs={'name': x}")
         args, kwargs = (given[0], {}) if isinstance(given[0], tuple) else ((), given[0])
-        program, folder, given = capture_module(model, args, kwargs, dynamic_shapes), None, given[1:]
+        program = capture(model, *args, dynamic_shapes=dynamic_shapes, cache=cache, **kwargs)
+        folder, given = None, given[1:]
+    elif isinstance(model, Program):
+        if cache is not None:
+            raise UsageError("a Program is captured already", hint="give its cache to laconic.capture")
+        program, folder = model, None
     else:
-        program, folder = (model, None) if isinstance(model, Program) else sources.opened(str(model))
+        program, folder = sources.opened(str(model), cache=cache)
     chosen = cases(program, program.forward) + [_case(program, g) for g in given]
     judge: Callable[[Program], Mapping[str, float]] = no_metrics
     if data is not None:
@@ -134,7 +154,8 @@ def load(
     compile: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> Runnable:
-    """The model of a saved DIR as a callable; its `program` is the Program. Nothing of the DIR is unpickled.
+    """The model of a saved DIR as a callable (`laconic.model.Model`, which generates, unless it is compiled); its
+    `program` is the Program. Nothing of the DIR is unpickled.
 
     It computes in eager, to the bits of the optimised model; with `compile`, by Inductor's kernels, which round
     otherwise: each distinct block is compiled once, or found in Inductor's cache on disk. `options` are then
@@ -151,7 +172,7 @@ def load(
         return CompiledModel(*artefact.load_outlined(path, allow_unverified=allow_unverified), chosen)
     if options is not None:
         raise UsageError("options say how to compile", hint="load(path, compile=True, options={...})")
-    return Runnable(artefact.load_program(path, allow_unverified=allow_unverified))
+    return Model(artefact.load_program(path, allow_unverified=allow_unverified))
 
 
 def export_onnx(

@@ -24,7 +24,7 @@ import yaml
 from laconic.formats import FORMATS
 from laconic.ir.errors import LaconicError, ModelError, UsageError, VerificationError, did_you_mean
 from laconic.ir.files import place_directory, read_text, refuse_existing, temporary_beside
-from laconic.ir.inputs import cases
+from laconic.ir.inputs import cases, cases_beside
 from laconic.ir.outcomes import SEED, Outcomes
 from laconic.ir.outline import inline
 from laconic.ir.parse import parse_program
@@ -235,7 +235,7 @@ def _compare(program: Program, reread: Program) -> None:
     if str(reread) != str(program):
         raise VerificationError("the written program does not read back to the same text")
     try:
-        before = Outcomes.of(program, cases(program, program.forward))
+        before = Outcomes.of(program, [*cases(program, program.forward), *cases_beside(program)])
         check(Contract.EXACT, program, before, Outcomes.of(reread, before.cases))
     except LaconicError as problem:
         raise VerificationError(

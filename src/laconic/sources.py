@@ -19,6 +19,7 @@ from laconic.artefact import LEDGER, RECIPE, load_program, read_recipe
 from laconic.ir.capture import capture_module
 from laconic.ir.errors import FixedAxisError, LaconicError, UnsupportedError, UsageError
 from laconic.ir.hf import load_folder
+from laconic.ir.hf_cached import capture_cached
 from laconic.ir.program import Program
 from laconic.ir.pt2 import read_pt2
 from laconic.ir.source_model import Source
@@ -137,17 +138,29 @@ def _bounded(shapes: dict[str, Any], kinds: dict[str, Any], program: Program) ->
     }
 
 
-def program_of(model: str, progress: Progress = lambda stage: None) -> Program:
+def program_of(model: str, progress: Progress = lambda stage: None, *, cache: tuple[int, int] | None = None) -> Program:
     """The Program that MODEL names, captured if need be."""
-    return opened(model, progress)[0]
+    return opened(model, progress, cache=cache)[0]
 
 
-def opened(model: str, progress: Progress = lambda stage: None) -> tuple[Program, Path | None]:
-    """The Program that MODEL names, and the folder where its tokenizer may stand; a saved DIR remembers it."""
+def opened(
+    model: str, progress: Progress = lambda stage: None, *, cache: tuple[int, int] | None = None
+) -> tuple[Program, Path | None]:
+    """The Program that MODEL names, and the folder where its tokenizer may stand; a saved DIR remembers it. With
+    `cache` (sequences, tokens) it can generate.
+
+    Raises UsageError for a cache beside a Program that was captured already.
+    """
     found = resolve(model, progress=progress)
     if isinstance(found, Program):
+        if cache is not None:
+            raise UsageError(f"{model} is captured already", hint="give a cache where the model itself is captured")
         return found, _folder_of(Path(model))
-    return capture_source(found, progress), found.folder
+    program = capture_source(found, progress)
+    if cache is not None:
+        progress("tracing prompt and next token")
+        program = capture_cached(found.module, program, batch=cache[0], length=cache[1])
+    return program, found.folder
 
 
 def _folder_of(path: Path) -> Path | None:

@@ -1,0 +1,90 @@
+"""What generation runs: a prompt, then token by token, caches kept in between."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from laconic.ir.errors import UsageError
+from laconic.ir.hf_cached import DECODE, PREFILL
+from laconic.ir.program import Entry, Kind, Program, Role
+from laconic.ir.run import Executable, declared_weights
+from laconic.ir.types import TensorType, nbytes, type_of
+
+
+class Decoder(ABC):
+    """Runs `batch` sequences of at most `length` tokens, the prompt at once, then one token at a time.
+
+    `run` is given, as int64: input_ids and position_ids (batch, tokens), attention_mask (batch, length), cache_position
+    (tokens,); it returns the logits of the last position, (batch, vocabulary), and keeps the caches.
+    """
+
+    batch: int
+    length: int
+
+    @abstractmethod
+    def start(self) -> None:
+        """Forget what was seen."""
+
+    @abstractmethod
+    def run(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The logits of the last of these tokens, of which there are several (a prompt) or one."""
+
+    @property
+    @abstractmethod
+    def cache_bytes(self) -> int:
+        """The bytes of all caches."""
+
+
+class ProgramDecoder(Decoder):
+    """A Program's entries. Caches are this decoder's own; `weights` stand for rows of the table, its own by default.
+
+    Raises UsageError for a Program without these entries.
+    """
+
+    def __init__(self, program: Program, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+        missing = [name for name in (PREFILL, DECODE) if name not in program.entries]
+        if missing:
+            raise UsageError(
+                f"the model has no entry {missing[0]!r}, so it cannot generate",
+                why=f"its entries are {', '.join(program.entries)}",
+                hint="capture or optimize it with cache=(batch, length), or --cache BATCHxLENGTH",
+            )
+        self._entries = {name: program.entries[name] for name in (PREFILL, DECODE)}
+        self._run = {name: Executable(entry) for name, entry in self._entries.items()}
+        rows = declared_weights(program) if weights is None else dict(weights)
+        self._initial = {n: rows[n] for n, weight in program.weights.items() if weight.kind is Kind.STATE}
+        self._rows = rows
+        self.batch, self.length = map(int, _input(self._entries[DECODE], "attention_mask").shape)
+        self.start()
+
+    def start(self) -> None:
+        self._rows |= {name: torch.zeros_like(value) for name, value in self._initial.items()}
+
+    @torch.no_grad()
+    def run(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        name = PREFILL if inputs["input_ids"].shape[1] > 1 else DECODE
+        entry = self._entries[name]
+        outputs = self._run[name](self._rows, [inputs[given.name] for given in entry.inputs])
+        logits = None
+        for output, value in zip(entry.outputs, outputs, strict=True):
+            if output.role is Role.UPDATE:
+                self._rows[output.name] = value
+            elif output.role is Role.RESULT and output.name == "logits":
+                logits = value
+        assert isinstance(logits, torch.Tensor)
+        return logits[:, -1]
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(nbytes(value) for value in self._initial.values())
+
+
+def _input(entry: Entry, name: str) -> TensorType:
+    node: Any = next(n for n in entry.input_nodes() if n.meta["name"] == name)
+    kind = type_of(node.meta["val"])
+    assert isinstance(kind, TensorType)
+    return kind

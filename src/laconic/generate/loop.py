@@ -1,0 +1,180 @@
+"""The loop: prompts in, tokens out. What chooses and what stops are transformers' own parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from laconic.generate.decoding import Decoder
+from laconic.ir.errors import UsageError
+
+Prompts = torch.Tensor | Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the next token is chosen: the most likely, or drawn by the distribution that the settings leave."""
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float | None = None
+
+    def processors(self, more: Iterable[Any]) -> Any:
+        """transformers' logits processors for these settings, then those given."""
+        import transformers as hf
+
+        found = hf.LogitsProcessorList()
+        if self.repetition_penalty is not None and self.repetition_penalty != 1.0:
+            found.append(hf.RepetitionPenaltyLogitsProcessor(penalty=self.repetition_penalty))
+        found.extend(more)
+        if self.do_sample:
+            if self.temperature != 1.0:
+                found.append(hf.TemperatureLogitsWarper(self.temperature))
+            if self.top_k:
+                found.append(hf.TopKLogitsWarper(top_k=self.top_k))
+            if self.top_p is not None and self.top_p < 1.0:
+                found.append(hf.TopPLogitsWarper(top_p=self.top_p))
+        return found
+
+
+def generate(
+    decoder: Decoder,
+    prompts: Prompts,
+    *,
+    attention_mask: torch.Tensor | None = None,
+    max_new_tokens: int = 20,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int = 0,
+    choice: Choice | None = None,
+    seed: int | None = None,
+    logits_processor: Iterable[Any] = (),
+    stopping_criteria: Iterable[Any] = (),
+    streamer: Callable[[torch.Tensor], None] | Any = None,
+) -> torch.Tensor:
+    """Continue prompts: (sequences, prompt + new tokens) int64, padded on the left as the prompts were, and with
+    `pad_token_id` behind a sequence that has ended.
+
+    `prompts` are token ids, as lists of different length or as a tensor with an `attention_mask` (0 where padded). At
+    most `max_new_tokens` are added; a sequence ends with one of `eos_token_id`. With `choice.do_sample` tokens are
+    drawn, from a generator of their own if there is a `seed`. `logits_processor` and `stopping_criteria` are those of
+    transformers; `streamer` is called with each step's tokens (sequences,), or is one of its streamers.
+
+    Raises UsageError for prompts that do not fit the cache, empty ones, or settings out of range.
+    """
+    ids, mask = _padded(prompts, attention_mask, pad_token_id)
+    given, width = ids.shape
+    _refuse_misfits(decoder, given, width, max_new_tokens)
+    choice = choice or Choice()
+    rows = torch.arange(decoder.batch).clamp(max=given - 1)  # sequences that nobody asked for repeat the last one
+    processors, steps = choice.processors(logits_processor), _Steps(decoder, ids[rows], mask[rows])
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    ends = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ()), dtype=torch.long)
+    going = torch.ones(given, dtype=torch.bool)
+    said = ids
+    logits = steps.prompt()[:given]
+    for step in range(max_new_tokens):
+        scores = processors(said, logits.float())
+        token = _chosen(scores, choice.do_sample, generator)
+        token = torch.where(going, token, torch.full_like(token, pad_token_id))
+        said = torch.cat([said, token[:, None]], 1)
+        _stream(streamer, token)
+        going &= ~torch.isin(token, ends)
+        for criterion in stopping_criteria:
+            going &= ~criterion(said, scores)
+        if not bool(going.any()) or step == max_new_tokens - 1:
+            break
+        logits = steps.token(token[rows])[:given]
+    if hasattr(streamer, "end"):
+        streamer.end()
+    return said
+
+
+class _Steps:
+    """The inputs of each step: which places of the cache are taken, and by tokens of which position."""
+
+    def __init__(self, decoder: Decoder, ids: torch.Tensor, mask: torch.Tensor) -> None:
+        if ids.shape[1] == 1:  # a prompt has two places at least
+            ids, mask = (torch.cat([torch.zeros_like(t), t], 1) for t in (ids, mask))
+        self.decoder, self.ids, self.at = decoder, ids, ids.shape[1]
+        self.positions = (mask.cumsum(1) - 1).clamp(min=0)
+        self.mask = torch.zeros(len(ids), decoder.length, dtype=torch.long)
+        self.mask[:, : self.at] = mask
+
+    def prompt(self) -> torch.Tensor:
+        self.decoder.start()
+        return self._run(self.ids, self.positions, torch.arange(self.at))
+
+    def token(self, token: torch.Tensor) -> torch.Tensor:
+        """The logits behind one more token of each sequence, (batch,)."""
+        self.mask[:, self.at] = 1
+        self.positions = self.positions[:, -1:] + 1
+        self.at += 1
+        return self._run(token[:, None], self.positions, torch.tensor([self.at - 1]))
+
+    def _run(self, ids: torch.Tensor, positions: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        given = {"input_ids": ids, "position_ids": positions, "attention_mask": self.mask, "cache_position": places}
+        return self.decoder.run(given)
+
+
+def _chosen(scores: torch.Tensor, sample: bool, generator: torch.Generator | None) -> torch.Tensor:
+    if not sample:
+        return scores.argmax(-1)
+    return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def _stream(streamer: Any, token: torch.Tensor) -> None:
+    if streamer is not None:
+        (streamer.put if hasattr(streamer, "put") else streamer)(token)
+
+
+def _padded(prompts: Prompts, mask: torch.Tensor | None, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts as (sequences, tokens) with padding on the left, and 1 where there is a token."""
+    if isinstance(prompts, torch.Tensor):
+        if prompts.dim() != 2 or (mask is not None and mask.shape != prompts.shape):
+            raise UsageError(
+                f"prompts are {tuple(prompts.shape)}"
+                + (f", their mask {tuple(mask.shape)}" if mask is not None else ""),
+                hint="token ids (sequences, tokens), and a mask of the same shape",
+            )
+        if mask is None:
+            return prompts.long(), torch.ones_like(prompts, dtype=torch.long)
+        rows = [row[own.bool()].tolist() for row, own in zip(prompts, mask, strict=True)]
+        if torch.equal(mask.long(), mask.long().cummax(1).values):  # padded on the left already
+            return prompts.long(), mask.long()
+        return _padded(rows, None, pad)
+    if not prompts or not all(prompts):
+        raise UsageError("there is no prompt, or an empty one", hint="each prompt needs one token at least")
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), pad, dtype=torch.long)
+    found = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
+        found[row, width - len(prompt) :] = 1
+    return ids, found
+
+
+def _refuse_misfits(decoder: Decoder, sequences: int, width: int, more: int) -> None:
+    if sequences > decoder.batch:
+        raise UsageError(
+            f"there are {sequences} prompts, and the cache holds {decoder.batch}",
+            hint=f"give {decoder.batch} at a time, or capture with a larger cache",
+        )
+    if more < 1:
+        raise UsageError(f"max_new_tokens is {more}", hint="one token at least")
+    if max(width, 2) >= decoder.length:
+        raise UsageError(
+            f"the longest prompt has {width} tokens, and the cache holds {decoder.length}",
+            why="the prompt and what is generated stand in it",
+            hint="shorten the prompt, or capture with a longer cache",
+        )
+    if max(width, 2) + more - 1 > decoder.length:
+        raise UsageError(
+            f"a prompt of {width} tokens and {more} new ones need a cache of {max(width, 2) + more - 1}",
+            why=f"it holds {decoder.length}",
+            hint=f"max_new_tokens={decoder.length - max(width, 2) + 1}, or capture with a longer cache",
+        )

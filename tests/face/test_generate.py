@@ -1,0 +1,258 @@
+"""Generation: transformers' own tokens, whatever the lengths of prompts; what does not fit is refused with numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+import laconic
+from architectures import Case, gpt2, llama, local_by_turns, qwen3_moe, t5, text
+from laconic.ir.capture import capture_module
+from laconic.ir.entries import combine
+from laconic.ir.errors import UnsupportedError, UsageError
+from laconic.ir.program import Kind
+from laconic.model import Model
+
+BATCH, LENGTH, NEW = 3, 24, 12
+PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 11, 12], [4]]
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
+
+
+def small(config: Any, model: Any, **more: Any) -> Callable[[], Case]:
+    def make() -> Case:
+        module = model(config(**SMALL, max_position_embeddings=64, pad_token_id=0, **more))
+        return module, *text(use_cache=False)
+
+    return make
+
+
+MODELS: dict[str, Callable[[], Case]] = {
+    "llama": llama,
+    "gpt2": gpt2,
+    "qwen3_moe": qwen3_moe,
+    "gemma3": local_by_turns,
+    "mistral": small(
+        hf.MistralConfig, hf.MistralForCausalLM, num_key_value_heads=2, intermediate_size=64, sliding_window=6
+    ),
+    "opt": small(hf.OPTConfig, hf.OPTForCausalLM, ffn_dim=64, word_embed_proj_dim=32),
+    "qwen2": small(hf.Qwen2Config, hf.Qwen2ForCausalLM, num_key_value_heads=2, intermediate_size=64),
+    "neox": small(hf.GPTNeoXConfig, hf.GPTNeoXForCausalLM, intermediate_size=64),
+    "phi3": small(hf.Phi3Config, hf.Phi3ForCausalLM, num_key_value_heads=2, intermediate_size=64),
+}
+
+
+def made(name: str) -> tuple[nn.Module, laconic.Result]:
+    torch.manual_seed(0)
+    module, inputs, axes = MODELS[name]()
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.mul_(3)  # so that tokens differ
+    result = laconic.optimize(module.eval(), inputs=inputs, dynamic_shapes=axes, cache=(BATCH, LENGTH))
+    assert result.report.verified
+    return module, result
+
+
+@pytest.fixture(scope="module")
+def decoder() -> tuple[nn.Module, laconic.Result]:
+    return made("llama")
+
+
+def theirs(module: Any, prompts: list[list[int]], new: int = NEW, **settings: Any) -> list[list[int]]:
+    """What transformers' own greedy generation adds to each prompt, one by one."""
+    found = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        out = module.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new,
+            do_sample=False,
+            pad_token_id=0,
+            **({"eos_token_id": None} | settings),
+        )
+        found.append(out[0, len(prompt) :].tolist())
+    return found
+
+
+@pytest.mark.parametrize("name", [n if n == "gpt2" else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
+def test_greedy_tokens_are_those_of_transformers(name: str) -> None:
+    """Prompts of different length in one batch, each as transformers continues it alone."""
+    module, result = made(name)
+    ours = result.model.generate(PROMPTS, max_new_tokens=NEW)
+    assert ours[:, -NEW:].tolist() == theirs(module, PROMPTS)
+    width = max(map(len, PROMPTS))
+    padded = [[0] * (width - len(p)) + p for p in PROMPTS]
+    assert ours[:, :-NEW].tolist() == padded
+
+
+def test_a_batch_is_its_prompts_one_by_one(decoder: tuple[nn.Module, laconic.Result]) -> None:
+    module, result = decoder
+    together = result.model.generate(PROMPTS, max_new_tokens=NEW)[:, -NEW:].tolist()
+    assert together == [result.model.generate([p], max_new_tokens=NEW)[0, -NEW:].tolist() for p in PROMPTS]
+    assert together == theirs(module, PROMPTS)
+    assert together[:2] == result.model.generate(PROMPTS[:2], max_new_tokens=NEW)[:, -NEW:].tolist()
+
+
+def test_prompts_as_a_tensor_padded_on_either_side(decoder: tuple[nn.Module, laconic.Result]) -> None:
+    _, result = decoder
+    expected = result.model.generate(PROMPTS, max_new_tokens=NEW)
+    width = max(map(len, PROMPTS))
+    for left in (True, False):
+        pads = [[0] * (width - len(p)) for p in PROMPTS]
+        ids = torch.tensor([q + p if left else p + q for p, q in zip(PROMPTS, pads, strict=True)])
+        mask = torch.tensor(
+            [
+                [0] * len(q) + [1] * len(p) if left else [1] * len(p) + [0] * len(q)
+                for p, q in zip(PROMPTS, pads, strict=True)
+            ]
+        )
+        assert torch.equal(result.model.generate(ids, attention_mask=mask, max_new_tokens=NEW), expected)
+
+
+def test_logits_of_a_padded_batch_are_those_of_single_runs(decoder: tuple[nn.Module, laconic.Result]) -> None:
+    _, result = decoder
+    seen: list[torch.Tensor] = []
+
+    def keep(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen.append(scores.clone())
+        return scores
+
+    result.model.generate(PROMPTS, max_new_tokens=4, logits_processor=[keep])
+    together, seen[:] = list(seen), []
+    for row, prompt in enumerate(PROMPTS):
+        result.model.generate([prompt], max_new_tokens=4, logits_processor=[keep])
+        for a, b in zip(together, seen, strict=True):
+            torch.testing.assert_close(a[row], b[0], rtol=1e-5, atol=1e-5)
+        seen.clear()
+
+
+def test_a_sequence_ends_and_is_padded(decoder: tuple[nn.Module, laconic.Result]) -> None:
+    module, result = decoder
+    plain = result.model.generate(PROMPTS, max_new_tokens=NEW)[:, -NEW:]
+    end = int(plain[0, 4])
+    ours = result.model.generate(PROMPTS, max_new_tokens=NEW, eos_token_id=end, pad_token_id=99)
+    for row, wanted in zip(ours[:, 7:].tolist(), theirs(module, PROMPTS, eos_token_id=end), strict=True):
+        assert row[: len(wanted)] == wanted
+        assert set(row[len(wanted) :]) <= {99}
+
+
+def test_sampling_is_drawn_by_a_seed(decoder: tuple[nn.Module, laconic.Result]) -> None:
+    _, result = decoder
+    settings: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": True, "temperature": 1.5}
+    first, again, other = (result.model.generate(PROMPTS, seed=s, **settings) for s in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    greedy = result.model.generate(PROMPTS, max_new_tokens=NEW)
+    assert torch.equal(result.model.generate(PROMPTS, seed=1, top_k=1, **settings), greedy)
+    assert torch.equal(result.model.generate(PROMPTS, seed=1, top_p=1e-6, **settings), greedy)
+
+
+def test_parts_of_transformers_are_used(decoder: tuple[nn.Module, laconic.Result]) -> None:
+    _, result = decoder
+    plain = result.model.generate(PROMPTS, max_new_tokens=NEW)
+    banned = int(plain[0, -NEW])
+    other = result.model.generate(
+        PROMPTS, max_new_tokens=NEW, logits_processor=[hf.NoBadWordsLogitsProcessor([[banned]], eos_token_id=None)]
+    )
+    assert banned not in other[:, -NEW:]
+    stopped = result.model.generate(PROMPTS, max_new_tokens=NEW, stopping_criteria=[hf.MaxLengthCriteria(7 + 5)])
+    assert torch.equal(stopped, plain[:, : 7 + 5])
+    seen: list[list[int]] = []
+    result.model.generate(PROMPTS, max_new_tokens=NEW, streamer=lambda token: seen.append(token.tolist()))
+    assert torch.tensor(seen).t().tolist() == plain[:, -NEW:].tolist()
+
+
+def test_caches_are_as_large_as_computed_and_kept_apart(decoder: tuple[nn.Module, laconic.Result]) -> None:
+    """Two layers of keys and values, two heads of width 8, 4 bytes each; whoever generates has caches of his own."""
+    _, result = decoder
+    assert result.model.decoder.cache_bytes == 2 * 2 * BATCH * 2 * LENGTH * 8 * 4
+    one, two = result.model, Model(result.program)
+    assert torch.equal(*(m.generate(PROMPTS, max_new_tokens=NEW) for m in (one, two)))
+    assert all(not w.value.any() for w in result.program.weights.values() if w.kind is Kind.STATE)
+
+
+def test_what_is_saved_generates(decoder: tuple[nn.Module, laconic.Result], tmp_path: Path) -> None:
+    _, result = decoder
+    loaded: Any = laconic.load(result.save(tmp_path / "out"))
+    assert torch.equal(loaded.generate(PROMPTS, max_new_tokens=NEW), result.model.generate(PROMPTS, max_new_tokens=NEW))
+
+
+def test_axes_of_caches_shrink_with_their_heads() -> None:
+    """One of two groups of heads adds nothing in any layer: its keys and values are cached no more."""
+    torch.manual_seed(0)
+    module, inputs, axes = llama()
+    with torch.no_grad():
+        for layer in module.model.layers:
+            layer.self_attn.v_proj.weight[8:] = 0
+    before = laconic.optimize(module.eval(), "none", inputs=inputs, dynamic_shapes=axes, cache=(BATCH, LENGTH))
+    after = laconic.optimize(before.program, "dead-units,permute-units")
+    assert after.report.verified
+    assert after.model.decoder.cache_bytes == before.model.decoder.cache_bytes // 2
+    assert torch.equal(*(r.model.generate(PROMPTS, max_new_tokens=NEW) for r in (before, after)))
+
+
+# What does not fit
+
+
+@pytest.mark.parametrize(
+    ("settings", "what", "hint"),
+    [
+        ({"prompts": [list(range(2, 40))]}, "the longest prompt has 38 tokens, and the cache holds 24", "longer cache"),
+        ({"prompts": [[1]] * 4}, "there are 4 prompts, and the cache holds 3", "larger cache"),
+        ({"prompts": [[1, 2]], "max_new_tokens": 40}, "need a cache of 41", "max_new_tokens=23"),
+        ({"prompts": [[1], []]}, "there is no prompt, or an empty one", "one token at least"),
+        ({"prompts": []}, "there is no prompt, or an empty one", "one token at least"),
+        ({"prompts": [[1]], "max_new_tokens": 0}, "max_new_tokens is 0", "one token at least"),
+        ({"prompts": torch.ones(3, dtype=torch.long)}, "prompts are (3,)", "(sequences, tokens)"),
+    ],
+)
+def test_misfits_are_refused_with_numbers(
+    decoder: tuple[nn.Module, laconic.Result], settings: dict[str, Any], what: str, hint: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        decoder[1].model.generate(**settings)
+    assert what in str(caught.value)
+    assert hint in str(caught.value)
+
+
+def test_the_largest_that_fits_fits(decoder: tuple[nn.Module, laconic.Result]) -> None:
+    module, result = decoder
+    ours = result.model.generate([[1, 2]], max_new_tokens=23)
+    assert ours[0, 2:].tolist() == theirs(module, [[1, 2]], 23)[0]
+
+
+def test_a_model_without_these_entries_says_so() -> None:
+    module, inputs, axes = llama()
+    result = laconic.optimize(module.eval(), inputs=inputs, dynamic_shapes=axes)
+    with pytest.raises(UsageError, match="has no entry 'prefill', so it cannot generate") as caught:
+        result.model.generate(PROMPTS)
+    assert "cache=(batch, length)" in str(caught.value)
+
+
+def test_entries_of_other_weights_are_refused() -> None:
+    programs = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        programs.append(capture_module(nn.Linear(3, 4), (torch.randn(2, 3),), {}))
+    with pytest.raises(UsageError, match="the entry 'decode' was captured with another parameter 'weight'"):
+        combine({"forward": programs[0], "decode": programs[1]})
+
+
+def test_a_cache_that_is_not_known_is_refused_with_the_reason() -> None:
+    module, inputs, axes = t5()
+    with pytest.raises(UnsupportedError, match="cannot be captured with a cache") as caught:
+        laconic.capture(module.eval(), **inputs, dynamic_shapes=axes, cache=(1, 8))
+    assert "encoder with a decoder" in str(caught.value)
+    plain = nn.Linear(3, 4)
+    with pytest.raises(UnsupportedError, match="Linear cannot be captured with a cache"):
+        laconic.capture(plain, torch.randn(2, 3), cache=(1, 8))
+    module, inputs, axes = llama()
+    for cache in ((0, 8), (1, 2)):
+        with pytest.raises(UsageError, match="a cache of"):
+            laconic.capture(module.eval(), **inputs, dynamic_shapes=axes, cache=cache)
