@@ -18,6 +18,7 @@ from laconic.ir.errors import UsageError
 from laconic.ir.metrics.differences import bit_equal
 from laconic.ir.program import Entry, Kind, Program, Symbol, Weight
 from laconic.ir.propagate import recompute
+from laconic.ir.torch_private import free_symbols
 from laconic.ir.types import Size, TensorType, type_of
 from laconic.ir.verify import verify
 
@@ -135,3 +136,22 @@ def _place(value: torch.Tensor) -> Any:
 
 def _sympy(name: str) -> sympy.Symbol:
     return sympy.Symbol(name, positive=True, integer=True)
+
+
+def alone(program: Program, name: str, examples: list[dict[str, torch.Tensor]]) -> Program:
+    """One entry as the entry `forward` of a Program of its own, with what it reads of the table; examples by name."""
+    entry = program.entries[name]
+    own = replace(entry.clone(), name="forward")
+    read = {row for row, node in entry.weight_nodes().items() if node.users or row in entry.updated()}
+    for row, node in own.weight_nodes().items():
+        if row not in read:
+            own.graph.erase_node(node)
+    used = {s.name for node in own.input_nodes() for s in free_symbols(node.meta["val"])}
+    return replace(
+        program,
+        entries={"forward": own},
+        weights={row: weight for row, weight in program.weights.items() if row in read},
+        aliases={},
+        symbols={key: symbol for key, symbol in program.symbols.items() if key in used},
+        examples=[tuple(example[given.name] for given in entry.inputs) for example in examples],
+    )

@@ -118,13 +118,21 @@ def capture_cached(model: nn.Module, forward: Program, *, batch: int, length: in
     return combine({"forward": forward, **entries})
 
 
-def example(batch: int, length: int, tokens: int, at: int) -> dict[str, torch.Tensor]:
-    """Inputs for so many tokens from a place of the cache on."""
+def cache_size(program: Program) -> tuple[int, int]:
+    """The sequences and tokens that the caches of a Program that can generate hold."""
+    entry = program.entries[DECODE]
+    node = next(n for n in entry.input_nodes() if n.meta["name"] == "attention_mask")
+    batch, length = node.meta["val"].shape
+    return int(batch), int(length)
+
+
+def example(batch: int, length: int, tokens: int, at: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Inputs for so many tokens from a place of the cache on; low token ids, which every vocabulary has."""
     places = torch.arange(at, at + tokens)
     mask = torch.zeros(batch, length, dtype=torch.long)
     mask[:, : at + tokens] = 1
     return {
-        "input_ids": torch.arange(2, 2 + batch * tokens).reshape(batch, tokens),
+        "input_ids": (torch.arange(batch * tokens) * (seed + 1) % 29 + 2).reshape(batch, tokens),
         "attention_mask": mask,
         "position_ids": places.expand(batch, tokens).clone(),
         "cache_position": places,

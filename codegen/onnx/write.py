@@ -70,9 +70,13 @@ def write_onnx(
     opset: int | None = None,
     functions: bool = False,
     force: bool = False,
+    drawn: int = DRAWN,
+    beside: Program | None = None,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> OnnxReport:
-    """Write the entry `forward` as an .onnx file, checked in ONNX Runtime on the examples and at several sizes.
+    """Write the entry `forward` as an .onnx file, checked in ONNX Runtime on the examples and on so many `drawn` inputs
+    of several sizes. What the outputs' own errors are is asked of the examples of `beside` too, a program that computes
+    the same of more.
 
     `opset` is a standard opset version; by default the newest that torch's exporter and ONNX Runtime share. With
     `functions`, repeated blocks are written once, as ONNX local functions of the domain "laconic".
@@ -105,7 +109,7 @@ def write_onnx(
         data = _save(model, draft)
         progress("checking")
         _check_model(draft)
-        deviations = _compare(program, Session(draft, sources))
+        deviations = _compare(program, Session(draft, sources), drawn, beside)
         size = draft.stat().st_size + (data.stat().st_size if data else 0)
         progress("placing")
         placed = _place(draft, data, final, force)
@@ -182,15 +186,15 @@ def _check_model(path: Path) -> None:
         ) from problem
 
 
-def _compare(program: Program, session: Session) -> list[list[Deviation]]:
+def _compare(program: Program, session: Session, drawn: int, beside: Program | None) -> list[list[Deviation]]:
     """Hold each output to the rule, on several inputs, by output and case. Raises VerificationError with the first that
     breaks it.
 
     Where the rule is broken on the usual cases, all is judged once more, and for good, on those of `cases_again`.
     """
-    usual = cases(program, program.forward, DRAWN)
-    held = _deviations(program, session, usual)
-    if not all(row.ok for _, row, _ in held):
+    usual = cases(program, program.forward, drawn)
+    held = _deviations(program, session, usual, beside)
+    if drawn and not all(row.ok for _, row, _ in held):
         held = _deviations(program, session, cases_again(program, usual))
     for case, row, dtype in held:
         _judge(row, case, dtype)
@@ -200,9 +204,12 @@ def _compare(program: Program, session: Session) -> list[list[Deviation]]:
     return list(by_case.values())
 
 
-def _deviations(program: Program, session: Session, given: list[Case]) -> list[tuple[Case, Deviation, torch.dtype]]:
-    """Each output on each case, with what is allowed pooled over the cases."""
+def _deviations(
+    program: Program, session: Session, given: list[Case], beside: Program | None = None
+) -> list[tuple[Case, Deviation, torch.dtype]]:
+    """Each output on each case, with what is allowed pooled over the cases, and over those of `beside`."""
     entry = program.forward
+    others = {} if beside is None else _own_errors(beside)
     _, outputs = flat_names(program)
     families: dict[str, list[tuple[Case, Deviation, torch.dtype]]] = {name: [] for name in outputs}
     for case, wanted in Outcomes.of(program, given):
@@ -217,9 +224,21 @@ def _deviations(program: Program, session: Session, given: list[Case]) -> list[t
             log.debug("%s on %s: difference %.2g", name, case, row.max_abs)
     return [
         (case, row, dtype)
-        for family in families.values()
-        for (case, _, dtype), row in zip(family, pooled([row for _, row, _ in family]), strict=True)
+        for name, family in families.items()
+        for (case, _, dtype), row in zip(
+            family, pooled([*(row for _, row, _ in family), *others.get(name, ())])[: len(family)], strict=True
+        )
     ]
+
+
+def _own_errors(program: Program) -> dict[str, list[Deviation]]:
+    """The errors of a program's own outputs on its examples, by name."""
+    found: dict[str, list[Deviation]] = {}
+    for case, outcome in Outcomes.of(program, cases(program, program.forward, 0)):
+        precise = _by_name(program, evaluate_precise(program, program.forward, case.clone()))
+        for name, value in _by_name(program, outcome).items():
+            found.setdefault(name, []).append(deviation(name, value, value, precise[name]))
+    return found
 
 
 def _judge(row: Deviation, case: Case, dtype: torch.dtype) -> None:

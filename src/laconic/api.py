@@ -12,13 +12,14 @@ from torch import nn
 
 from laconic import artefact, sources
 from laconic.codegen.onnx import OnnxReport, write_onnx
+from laconic.codegen.onnx.past import write_past
 from laconic.codegen.pt2 import write_pt2
 from laconic.data.load import load_data
 from laconic.figures import Judge
 from laconic.ir.capture import capture_module
 from laconic.ir.data import Data
 from laconic.ir.errors import UsageError
-from laconic.ir.hf_cached import capture_cached
+from laconic.ir.hf_cached import DECODE, capture_cached
 from laconic.ir.inputs import Case, cases
 from laconic.ir.metrics.registry import load as load_metric
 from laconic.ir.program import Program
@@ -176,11 +177,23 @@ def load(
 
 
 def export_onnx(
-    program: Program, path: str | Path, *, opset: int | None = None, functions: bool = False, force: bool = False
+    program: Program,
+    path: str | Path,
+    *,
+    opset: int | None = None,
+    functions: bool = False,
+    with_past: bool = False,
+    force: bool = False,
 ) -> OnnxReport:
     """Write an ONNX file with the program's names, dtypes and dynamic axes, checked in ONNX Runtime before it is put in
-    place. With `functions`, repeated blocks are written once, as local functions. Raises UnsupportedError for what ONNX
-    cannot say, MissingDependencyError without ONNX Runtime."""
+    place. With `functions`, repeated blocks are written once, as local functions. With `with_past`, of a program that
+    was captured with a cache, `F.prefill.onnx` and `F.decode.onnx` are written instead, caches as inputs and outputs;
+    the report is that of `decode`.
+
+    Raises UnsupportedError for what ONNX cannot say, MissingDependencyError without ONNX Runtime.
+    """
+    if with_past:
+        return write_past(program, Path(path), opset=opset, functions=functions, force=force)[DECODE]
     return write_onnx(program, Path(path), opset=opset, functions=functions, force=force)
 
 

@@ -13,6 +13,9 @@ from torch import nn
 
 import laconic
 from architectures import Case, gpt2, llama, local_by_turns, qwen3_moe, t5, text
+from laconic.cli.main import run
+from laconic.generate import generate
+from laconic.generate.onnx import OnnxDecoder
 from laconic.ir.capture import capture_module
 from laconic.ir.entries import combine
 from laconic.ir.errors import UnsupportedError, UsageError
@@ -195,6 +198,61 @@ def test_axes_of_caches_shrink_with_their_heads() -> None:
     assert after.report.verified
     assert after.model.decoder.cache_bytes == before.model.decoder.cache_bytes // 2
     assert torch.equal(*(r.model.generate(PROMPTS, max_new_tokens=NEW) for r in (before, after)))
+
+
+# Through ONNX Runtime
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("llama", "qwen2", "opt"))]
+)
+def test_onnx_runtime_gives_the_same_tokens(name: str, tmp_path: Path) -> None:
+    """The same loop on the exported files, whose caches are inputs and outputs."""
+    module, result = made(name)
+    laconic.export_onnx(result.program, tmp_path / "m.onnx", with_past=True)
+    assert {file.name for file in tmp_path.iterdir()} == {"m.prefill.onnx", "m.decode.onnx"}
+    decoder = OnnxDecoder(tmp_path / "m.onnx")
+    ours = generate(decoder, PROMPTS, max_new_tokens=NEW)
+    assert ours[:, -NEW:].tolist() == theirs(module, PROMPTS)
+    assert decoder.cache_bytes == result.model.decoder.cache_bytes
+    assert torch.equal(generate(decoder, PROMPTS[::-1], max_new_tokens=NEW), ours.flip(0))  # it forgets
+
+
+def test_the_past_of_a_model_without_one_is_refused(tmp_path: Path) -> None:
+    program = capture_module(nn.Linear(3, 4), (torch.randn(2, 3),), {})
+    with pytest.raises(UsageError, match="has no entry 'prefill', so there is no past to write"):
+        laconic.export_onnx(program, tmp_path / "m.onnx", with_past=True)
+    with pytest.raises(UsageError, match="there is no"):
+        OnnxDecoder(tmp_path / "m.onnx")
+
+
+# On the command line
+
+
+def test_a_cache_on_the_command_line_is_two_numbers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for size in ("2", "0x8", "2x", "2x8x3"):
+        assert run(["optimize", "zoo:minilm", "-o", str(tmp_path / "out"), "--cache", size, "-q"]) == 2
+        assert "sequences and tokens, e.g. --cache 4x2048" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_command_line_captures_with_a_cache(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out, onnx = str(tmp_path / "out"), str(tmp_path / "m.onnx")
+    assert run(["optimize", "zoo:llama-gqa", "-o", out, "--cache", "2x32", "-q"]) == 0
+    assert run(["export", out, "-o", onnx, "--with-past", "-q"]) == 0
+    loaded: Any = laconic.load(out)
+    prompts = [[5, 6, 7], [300, 12]]
+    expected = loaded.generate(prompts, max_new_tokens=8)
+    assert torch.equal(generate(OnnxDecoder(onnx), prompts, max_new_tokens=8), expected)
+    capfd.readouterr()
+    for arguments, said in [
+        (["export", out, "-o", onnx, "--cache", "2x32"], "is captured already"),
+        (["export", "zoo:minilm", "-o", onnx, "--with-past", "--cache", "1x8"], "cannot be captured with a cache"),
+        (["export", out, "-o", str(tmp_path / "m.pt2"), "--with-past"], "--with-past is for ONNX"),
+        (["export", out, "-o", onnx, "--with-past"], "exists"),
+    ]:
+        assert run([*arguments, "-q"]) in (2, 4)
+        assert said in capfd.readouterr().err
 
 
 # What does not fit

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from laconic.cli.options import (
+    Cache,
     Force,
     Json,
     Model,
@@ -16,6 +17,7 @@ from laconic.cli.options import (
     Quiet,
     Threads,
     Verbose,
+    cache_of,
     display,
     print_json,
     refuse_early,
@@ -32,6 +34,14 @@ def export(
     functions: Annotated[
         bool, typer.Option("--functions", help="Repeated blocks once, as ONNX local functions.")
     ] = False,
+    with_past: Annotated[
+        bool,
+        typer.Option(
+            "--with-past",
+            help="F.prefill.onnx and F.decode.onnx, caches as inputs and outputs, of a model with --cache.",
+        ),
+    ] = False,
+    cache: Cache = None,
     force: Force = False,
     json: Json = False,
     threads: Threads = 0,
@@ -43,19 +53,29 @@ def export(
     kind = output.suffix
     if kind not in (".onnx", ".pt2"):
         raise UsageError(f"{output} does not say what to write", hint="name it F.onnx or F.pt2")
-    if kind == ".pt2" and (opset is not None or functions):
-        raise UsageError(f"{'--opset' if opset is not None else '--functions'} is for ONNX")
-    refuse_early(output, force)
+    if kind == ".pt2" and (opset is not None or functions or with_past):
+        named = "--opset" if opset is not None else "--functions" if functions else "--with-past"
+        raise UsageError(f"{named} is for ONNX")
+    held = cache_of(cache)
+    if not with_past:
+        refuse_early(output, force)
     with display(quiet, verbose, no_progress, threads) as shown:
         from laconic.cli.report import export_report
         from laconic.codegen.onnx import write_onnx
+        from laconic.codegen.onnx.past import write_past
         from laconic.codegen.pt2 import write_pt2
+        from laconic.ir.hf_cached import DECODE
         from laconic.sources import program_of
 
-        program = program_of(model, shown.stage)
+        program = program_of(model, shown.stage, cache=held)
         data: dict[str, Any] = {"schema": 1, "model": model, "path": str(output), "format": kind[1:]}
         if kind == ".onnx":
-            report = write_onnx(program, output, opset=opset, functions=functions, force=force, progress=shown.stage)
+            settings: dict[str, Any] = {"opset": opset, "functions": functions, "force": force}
+            if with_past:
+                report = write_past(program, output, progress=shown.stage, **settings)[DECODE]
+                data["path"] = str(report.path)
+            else:
+                report = write_onnx(program, output, progress=shown.stage, **settings)
             data.update({k: v for k, v in asdict(report).items() if k not in ("path", "data_path")})
         else:
             shown.stage("writing and checking")

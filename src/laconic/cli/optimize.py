@@ -10,6 +10,7 @@ import typer
 from laconic.cli import debug
 from laconic.cli.options import (
     Batch,
+    Cache,
     Calibration,
     Force,
     Json,
@@ -21,6 +22,7 @@ from laconic.cli.options import (
     Threads,
     Tokenizer,
     Verbose,
+    cache_of,
     display,
     judge_of,
     print_json,
@@ -54,6 +56,7 @@ def optimize(
         typer.Option("--max-drop", metavar="X", help="Write nothing if the first metric gets worse by more than this."),
     ] = None,
     calibration: Calibration = None,
+    cache: Cache = None,
     tokenizer: Tokenizer = None,
     batch: Batch = 8,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Run and check everything, write no DIR.")] = False,
@@ -84,6 +87,7 @@ def optimize(
     if data is None:
         refuse_without_data(metric=metric, max_drop=max_drop, calibration=calibration)
     passes = parse_pipeline(pipeline)  # before the slow part, so that a slip costs nothing
+    held = cache_of(cache)
     _refuse_slips(target, dump_dir, formats or [], force)
     flags = debug.Debug(
         print_after or (),
@@ -105,7 +109,7 @@ def optimize(
         instruments = flags.instruments(passes, shown, force, _repeated(seed, threads, verify_each, check))
         if target is not None:
             refuse_foreign(target)
-        program, folder = opened(model, shown.stage)
+        program, folder = opened(model, shown.stage, cache=held)
         inputs = cases(program, program.forward, seed=seed)
         judge = None
         if data is not None:

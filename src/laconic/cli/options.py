@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,6 +37,24 @@ Calibration = Annotated[
 ]
 Pipeline = Annotated[str, typer.Option("--passes", "-p", help="Pipeline, e.g. 'dedup{slices=no},cse'.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
+
+
+Cache = Annotated[
+    str | None,
+    typer.Option(
+        "--cache", metavar="BATCHxLENGTH", help="Capture a causal model so that it generates, with caches of this size."
+    ),
+]
+
+
+def cache_of(text: str | None) -> tuple[int, int] | None:
+    """The sequences and tokens that `--cache` names. Raises UsageError for other text."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if found is None:
+        raise UsageError(f"--cache {text} says no size", hint="sequences and tokens, e.g. --cache 4x2048")
+    return int(found[1]), int(found[2])
 
 
 def display(quiet: bool, verbose: int, no_progress: bool, threads: int) -> Display:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 from laconic.ir.errors import UsageError
-from laconic.ir.hf_cached import DECODE, PREFILL
-from laconic.ir.program import Entry, Kind, Program, Role
+from laconic.ir.hf_cached import DECODE, PREFILL, cache_size
+from laconic.ir.program import Kind, Program, Role
 from laconic.ir.run import Executable, declared_weights
-from laconic.ir.types import TensorType, nbytes, type_of
+from laconic.ir.types import nbytes
 
 
 class Decoder(ABC):
@@ -58,7 +57,7 @@ class ProgramDecoder(Decoder):
         rows = declared_weights(program) if weights is None else dict(weights)
         self._initial = {n: rows[n] for n, weight in program.weights.items() if weight.kind is Kind.STATE}
         self._rows = rows
-        self.batch, self.length = map(int, _input(self._entries[DECODE], "attention_mask").shape)
+        self.batch, self.length = cache_size(program)
         self.start()
 
     def start(self) -> None:
@@ -81,10 +80,3 @@ class ProgramDecoder(Decoder):
     @property
     def cache_bytes(self) -> int:
         return sum(nbytes(value) for value in self._initial.values())
-
-
-def _input(entry: Entry, name: str) -> TensorType:
-    node: Any = next(n for n in entry.input_nodes() if n.meta["name"] == name)
-    kind = type_of(node.meta["val"])
-    assert isinstance(kind, TensorType)
-    return kind
