@@ -18,6 +18,7 @@ from laconic.ir.errors import UsageError
 from laconic.ir.metrics.differences import bit_equal
 from laconic.ir.program import Entry, Kind, Program, Symbol, Weight
 from laconic.ir.propagate import recompute
+from laconic.ir.rewrite import placeholder_name
 from laconic.ir.torch_private import free_symbols
 from laconic.ir.types import Size, TensorType, type_of
 from laconic.ir.verify import verify
@@ -101,6 +102,8 @@ class _Addition:
             own = node.name
             if site is not None and own.endswith(f"_{site}"):
                 own = f"{own.removesuffix(str(site))}{site + self.offset}"
+            if node.op == "placeholder" and node.meta["kind"] != Kind.INPUT:
+                own = placeholder_name(self.rows[node.meta["name"]])
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), found.__getitem__)
             target = own if node.op == "placeholder" else node.target
             new = graph.create_node(node.op, target, args, kwargs, name=own)

@@ -273,8 +273,8 @@ def _interface(before: Program, after: Program) -> None:
         now = after.weights.get(name)
         if now is None and name not in after.aliases:
             raise VerificationError(f"the weight {name!r} is gone and no alias says where its values went")
-        if weight.kind is Kind.STATE and now is None:
-            raise VerificationError(f"the state {name!r} is gone")
+        if weight.kind is Kind.STATE and now is None and after.aliases[name].target is not None:
+            raise VerificationError(f"the state {name!r} is gone, and its name leads to a row that is not updated")
         if now is not None and replace(now, value=weight.value) != weight:
             raise VerificationError(f"the weight {name!r} changed its kind or whether it is trained or persistent")
         alias = after.aliases.get(name)
@@ -314,14 +314,16 @@ def _training(weight: Weight) -> tuple[bool, bool, bool]:
 
 def _outputs(before: Program, after: Program, name: str) -> None:
     old, new = before.entries[name], after.entries[name]
-    if old.outputs != new.outputs or repr(old.results) != repr(new.results):
+    gone = {output for output in old.outputs if output.role is Role.UPDATE and output.name not in after.weights}
+    pairs = [pair for pair in zip(old.outputs, old.output_values, strict=True) if pair[0] not in gone]
+    if [output for output, _ in pairs] != new.outputs or repr(old.results) != repr(new.results):
         lost = [str(o) for o in old.outputs if o not in new.outputs]
         came = [str(o) for o in new.outputs if o not in old.outputs]
         changed = f"lost {', '.join(lost) or 'none'}; gained {', '.join(came) or 'none'}"
         dropped = any(o.role is not Role.RESULT for o in old.outputs if o not in new.outputs)
         what = "dropped an update" if dropped else "changed the names or order of the outputs"
         raise VerificationError(f"the rewrite {what} of entry {name!r}", why=changed)
-    for output, was, now in zip(old.outputs, old.output_values, new.output_values, strict=True):
+    for (output, was), now in zip(pairs, new.output_values, strict=True):
         expected = type_of(was.meta["val"]) if isinstance(was, fx.Node) else was
         if output.role is Role.UPDATE:
             expected = _as_the_state(before, after, output.name, expected)
