@@ -142,15 +142,16 @@ def _sympy(name: str) -> sympy.Symbol:
 
 
 def alone(program: Program, name: str, examples: list[dict[str, torch.Tensor]]) -> Program:
-    """One entry as the entry `forward` of a Program of its own, with what it reads of the table; examples by name."""
+    """One entry as the entry `forward` of a Program of its own, with what it reads of the table and its own axes;
+    examples by name."""
     entry = program.entries[name]
-    own = replace(entry.clone(), name="forward")
+    own = entry.clone()
     read = {row for row, node in entry.weight_nodes().items() if node.users or row in entry.updated()}
     for row, node in own.weight_nodes().items():
         if row not in read:
             own.graph.erase_node(node)
     used = {s.name for node in own.input_nodes() for s in free_symbols(node.meta["val"])}
-    return replace(
+    part = replace(
         program,
         entries={"forward": own},
         weights={row: weight for row, weight in program.weights.items() if row in read},
@@ -158,3 +159,4 @@ def alone(program: Program, name: str, examples: list[dict[str, torch.Tensor]]) 
         symbols={key: symbol for key, symbol in program.symbols.items() if key in used},
         examples=[tuple(example[given.name] for given in entry.inputs) for example in examples],
     )
+    return combine({"forward": part})

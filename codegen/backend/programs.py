@@ -186,7 +186,7 @@ class CompiledModel(Runnable):
         self, outlined: Program, whole: Callable[[], Program], options: Options, record: GraphRecord | None = None
     ) -> None:
         configure_from_environment()
-        self._whole = whole
+        self._whole, self._options = whole, options
         self._read: Program | None = None
         super().__init__(outlined)
         self._operands = [(n.meta["kind"] == Kind.INPUT, n.meta["name"]) for n in self._entry.placeholders()]

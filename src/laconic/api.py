@@ -23,9 +23,9 @@ from laconic.ir.hf_cached import DECODE, capture_cached
 from laconic.ir.inputs import Case, cases
 from laconic.ir.metrics.registry import load as load_metric
 from laconic.ir.program import Program
-from laconic.ir.run import Runnable, check_inputs, flatten_arguments
+from laconic.ir.run import check_inputs, flatten_arguments
 from laconic.ir.types import type_of
-from laconic.model import Model
+from laconic.model import Compiled, Generates, Model
 from laconic.passes.base import Pass, Plan
 from laconic.passes.ledger import Ledger
 from laconic.passes.manager import Contents, Instrument, PassManager, no_metrics
@@ -154,9 +154,9 @@ def load(
     allow_unverified: bool = False,
     compile: bool = False,
     options: Mapping[str, Any] | None = None,
-) -> Runnable:
-    """The model of a saved DIR as a callable (`laconic.model.Model`, which generates, unless it is compiled); its
-    `program` is the Program. Nothing of the DIR is unpickled.
+) -> Generates:
+    """The model of a saved DIR as a callable, which generates if it was captured with a cache; its `program` is the
+    Program. Nothing of the DIR is unpickled.
 
     It computes in eager, to the bits of the optimised model; with `compile`, by Inductor's kernels, which round
     otherwise: each distinct block is compiled once, or found in Inductor's cache on disk. `options` are then
@@ -167,10 +167,10 @@ def load(
     options that there are not.
     """
     if compile:
-        from laconic.codegen.backend.programs import CompiledModel, load_options
+        from laconic.codegen.backend.programs import load_options
 
         chosen = load_options(options)
-        return CompiledModel(*artefact.load_outlined(path, allow_unverified=allow_unverified), chosen)
+        return Compiled(*artefact.load_outlined(path, allow_unverified=allow_unverified), chosen)
     if options is not None:
         raise UsageError("options say how to compile", hint="load(path, compile=True, options={...})")
     return Model(artefact.load_program(path, allow_unverified=allow_unverified))

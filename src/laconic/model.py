@@ -8,22 +8,26 @@ from typing import Any
 
 import torch
 
+from laconic.codegen.backend.programs import CompiledModel
 from laconic.generate import ProgramDecoder, generate
+from laconic.generate.compiled import CompiledDecoder
 from laconic.generate.loop import Choice, Prompts
 from laconic.ir.program import Kind
 from laconic.ir.run import Runnable
 
 
-class Model(Runnable):
-    """A Program as a model. One that was captured with a cache generates too."""
+class Generates(Runnable):
+    """A model that generates, if it was captured with a cache."""
 
     @cached_property
     def decoder(self) -> ProgramDecoder:
         """The entries that generate, on this model's weights. Raises UsageError if it has none."""
-        program = self.program
+        return ProgramDecoder(self.program, self._own_rows())
+
+    def _own_rows(self) -> dict[str, torch.Tensor]:
+        """This model's weights, with the program's states."""
         rows = {name: getattr(module, last) for name, (module, last) in self._rows.items()}
-        states = {name: w.value for name, w in program.weights.items() if w.kind is Kind.STATE}
-        return ProgramDecoder(program, rows | states)
+        return rows | {name: w.value for name, w in self.program.weights.items() if w.kind is Kind.STATE}
 
     def generate(
         self,
@@ -63,3 +67,15 @@ class Model(Runnable):
             stopping_criteria=stopping_criteria,
             streamer=streamer,
         )
+
+
+class Model(Generates):
+    """A Program as a model, computed in eager."""
+
+
+class Compiled(Generates, CompiledModel):
+    """A saved Program as a compiled model, which generates by compiled entries."""
+
+    @cached_property
+    def decoder(self) -> CompiledDecoder:
+        return CompiledDecoder(self.program, self._own_rows(), self._options)

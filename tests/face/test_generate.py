@@ -200,6 +200,27 @@ def test_axes_of_caches_shrink_with_their_heads() -> None:
     assert torch.equal(*(r.model.generate(PROMPTS, max_new_tokens=NEW) for r in (before, after)))
 
 
+# Compiled
+
+
+@pytest.mark.slow
+def test_nothing_is_compiled_again_over_two_hundred_steps(tmp_path: Path) -> None:
+    """Prompts of three lengths and 200 tokens, by one compilation of each entry."""
+    torch.manual_seed(0)
+    module, inputs, axes = llama(max_position_embeddings=256)
+    result = laconic.optimize(module.eval(), inputs=inputs, dynamic_shapes=axes, cache=(BATCH, 216))
+    model = laconic.load(result.save(tmp_path / "out"), compile=True, options={"strict": True})
+    ours = model.generate(PROMPTS, max_new_tokens=200)
+    assert ours.shape == (BATCH, 7 + 200)
+    assert torch.equal(ours, result.model.generate(PROMPTS, max_new_tokens=200))
+    decoder: Any = model.decoder
+    counted = dict(torch._dynamo.utils.counters["inductor"])
+    for prompts in (PROMPTS[:1], [[3, 4, 5, 6, 7, 8, 9, 10, 11]]):
+        assert torch.equal(*(m.generate(prompts, max_new_tokens=5) for m in (model, result.model)))
+    assert {name: len(entry._variants) for name, entry in decoder.compiled.items()} == {"prefill": 1, "decode": 1}
+    assert dict(torch._dynamo.utils.counters["inductor"]) == counted
+
+
 # Through ONNX Runtime
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -66,16 +67,18 @@ class ProgramDecoder(Decoder):
     @torch.no_grad()
     def run(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         name = PREFILL if inputs["input_ids"].shape[1] > 1 else DECODE
-        entry = self._entries[name]
-        outputs = self._run[name](self._rows, [inputs[given.name] for given in entry.inputs])
         logits = None
-        for output, value in zip(entry.outputs, outputs, strict=True):
+        for output, value in zip(self._entries[name].outputs, self._outputs(name, inputs), strict=True):
             if output.role is Role.UPDATE:
                 self._rows[output.name] = value
             elif output.role is Role.RESULT and output.name == "logits":
                 logits = value
         assert isinstance(logits, torch.Tensor)
         return logits[:, -1]
+
+    def _outputs(self, name: str, inputs: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
+        """What an entry gives for these inputs and the rows as they are."""
+        return self._run[name](self._rows, [inputs[given.name] for given in self._entries[name].inputs])
 
     @property
     def cache_bytes(self) -> int:
