@@ -336,11 +336,12 @@ def _outputs(before: Program, after: Program, name: str) -> None:
 
 
 def _as_the_state(before: Program, after: Program, name: str, update: Any) -> Any:
-    """The type of what updates a state: that of before, or where the state itself has other sizes now, the state's."""
+    """The type of what updates a state: that of before, or where the state itself has another type now, the state's."""
     was, now = (type_of(program.weights[name].value) for program in (before, after))
-    if isinstance(was, TensorType) and isinstance(now, TensorType) and was.shape != now.shape:
-        return replace(now, dtype=was.dtype)
-    return update
+    same = (
+        isinstance(was, TensorType) and isinstance(now, TensorType) and (was.shape, was.dtype) == (now.shape, now.dtype)
+    )
+    return update if same else now
 
 
 def _unchanged(value: Any, state: str) -> bool:
