@@ -118,6 +118,17 @@ def capture_cached(model: nn.Module, forward: Program, *, batch: int, length: in
     return combine({"forward": forward, **entries})
 
 
+def refuse_without_past(program: Program, cannot: str) -> None:
+    """Raise UsageError for a Program without the entries that generate; `cannot` says what follows from that."""
+    missing = [name for name in (PREFILL, DECODE) if name not in program.entries]
+    if missing:
+        raise UsageError(
+            f"the model has no entry {missing[0]!r}, so {cannot}",
+            why=f"its entries are {', '.join(program.entries)}",
+            hint="capture or optimize it with cache=(batch, length), or --cache BATCHxLENGTH",
+        )
+
+
 def cache_size(program: Program) -> tuple[int, int]:
     """The sequences and tokens that the caches of a Program that can generate hold."""
     entry = program.entries[DECODE]

@@ -15,9 +15,8 @@ from typing import Any
 
 from laconic.codegen.onnx.write import OnnxReport, write_onnx
 from laconic.ir.entries import alone
-from laconic.ir.errors import UsageError
 from laconic.ir.files import refuse_existing, temporary_beside
-from laconic.ir.hf_cached import DECODE, PREFILL, cache_size, example
+from laconic.ir.hf_cached import DECODE, PREFILL, cache_size, example, refuse_without_past
 from laconic.ir.outcomes import with_states
 from laconic.ir.program import Program
 from laconic.ir.run import evaluate
@@ -63,13 +62,7 @@ def write_past(
 
     Raises UsageError for a Program that does not have them, and what `write_onnx` raises.
     """
-    missing = [name for name in (PREFILL, DECODE) if name not in program.entries]
-    if missing:
-        raise UsageError(
-            f"the model has no entry {missing[0]!r}, so there is no past to write",
-            why=f"its entries are {', '.join(program.entries)}",
-            hint="capture or optimize it with cache=(batch, length), or --cache BATCHxLENGTH",
-        )
+    refuse_without_past(program, "there is no past to write")
     for name in (PREFILL, DECODE):
         refuse_existing(past_path(path, name), force)
     found: dict[str, OnnxReport] = {}

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from laconic.ir.errors import UsageError
-from laconic.ir.hf_cached import DECODE, PREFILL, cache_size
+from laconic.ir.hf_cached import DECODE, PREFILL, cache_size, refuse_without_past
 from laconic.ir.program import Kind, Program, Role
 from laconic.ir.run import Executable, declared_weights
 from laconic.ir.types import nbytes
@@ -46,13 +45,7 @@ class ProgramDecoder(Decoder):
     """
 
     def __init__(self, program: Program, weights: Mapping[str, torch.Tensor] | None = None) -> None:
-        missing = [name for name in (PREFILL, DECODE) if name not in program.entries]
-        if missing:
-            raise UsageError(
-                f"the model has no entry {missing[0]!r}, so it cannot generate",
-                why=f"its entries are {', '.join(program.entries)}",
-                hint="capture or optimize it with cache=(batch, length), or --cache BATCHxLENGTH",
-            )
+        refuse_without_past(program, "it cannot generate")
         self._entries = {name: program.entries[name] for name in (PREFILL, DECODE)}
         self._run = {name: Executable(entry) for name, entry in self._entries.items()}
         rows = declared_weights(program) if weights is None else dict(weights)
