@@ -69,7 +69,9 @@ class _Addition:
         known = self.made.weights.get(weight.name)
         name = weight.name
         if known is not None:
-            if known.kind is weight.kind and bit_equal(known.value, weight.value):
+            # What one entry writes another may only read.
+            alike = known.kind is weight.kind or (known.kind is Kind.STATE and weight.kind is Kind.BUFFER)
+            if alike and bit_equal(known.value, weight.value):
                 return name
             if weight.kind is not Kind.CONSTANT:
                 raise UsageError(
@@ -114,6 +116,7 @@ class _Addition:
             if node.op == "placeholder":
                 if node.meta["kind"] != Kind.INPUT:
                     new.meta["name"] = self.rows[node.meta["name"]]
+                    new.meta["kind"] = self.made.weights[new.meta["name"]].kind
                 new.meta["val"] = self._fake(type_of(node.meta["val"]))
             elif node.op == "call_function":
                 new.meta["val"] = recompute(self.made, new)

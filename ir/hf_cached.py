@@ -22,6 +22,8 @@ from laconic.ir.program import Program
 
 #: The entries that generate.
 PREFILL, DECODE = "prefill", "decode"
+#: What stands for `prefill` where there is a source to read.
+ENCODE = "encode"
 
 
 class WithCache(nn.Module):
@@ -37,10 +39,8 @@ class WithCache(nn.Module):
         # Layers with a window keep all that they have seen too: the mask says what they see, and places stay places.
         self.cache = Cache(layers=[StaticLayer(max_cache_len=length) for _ in range(layers)])
         self.layers = cast(list[Any], self.cache.layers)
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         weight = next(model.parameters())
-        self.cache.early_initialization(batch, heads, width, weight.dtype, weight.device)
+        self.cache.early_initialization(batch, *heads_and_width(config), weight.dtype, weight.device)
         for k, layer in enumerate(self.layers):
             self.register_buffer(f"key_cache_{k}", layer.keys, persistent=False)
             self.register_buffer(f"value_cache_{k}", layer.values, persistent=False)
@@ -70,30 +70,59 @@ class WithCache(nn.Module):
         return {"logits": found.logits[:, -1:]}
 
 
+def heads_and_width(config: Any) -> tuple[int, int]:
+    """The heads of keys, and the width of each, as a configuration has them. Raises AttributeError if it does not."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
+    return heads, width or config.hidden_size // config.num_attention_heads
+
+
 def capture_cached(model: nn.Module, forward: Program, *, batch: int, length: int) -> Program:
-    """The Program `forward` of a causal model, with entries that generate, and caches for so many sequences of so many
-    tokens: `prefill` of prompts of 2 tokens to all but one, `decode` of one.
+    """The Program `forward` of a model of transformers, with entries that generate, and caches for so many sequences of
+    so many tokens: `prefill` of prompts of 2 tokens to all but one, and `decode` of one; of an encoder with a decoder,
+    `encode` of a source of as many tokens, and `decode`.
 
     Raises UsageError for sizes that hold nothing, UnsupportedError for a model whose cache is not of this kind.
     """
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise UnsupportedError(
-            f"{type(model).__name__} cannot be captured with a cache",
-            why="it is an encoder with a decoder, whose cache has keys of both",
-            hint="causal models of transformers with attention in every layer can",
-        )
+    from laconic.ir.hf_seq2seq import capture_both
+
     if batch < 1 or length < 3:
         raise UsageError(
             f"a cache of {batch} sequences of {length} tokens", hint="at least one sequence of three tokens"
         )
+    facts = {"batch": batch, "length": length}
     try:
-        cached = WithCache(model, batch, length).eval()
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            entries, facts["source"] = capture_both(model, batch=batch, source=length, length=length), length
+        else:
+            entries = _capture_causal(model, batch, length)
     except (AttributeError, TypeError, ImportError, StopIteration) as problem:
         raise UnsupportedError(
             f"{type(model).__name__} cannot be captured with a cache",
             why=str(problem).splitlines()[0],
-            hint="causal models of transformers with attention in every layer can",
+            hint="models of transformers with attention in every layer can",
         ) from problem
+    for name, program in entries.items():
+        states = {f"{part}_cache_{k}" for part in ("key", "value") for k in range(_layers(program))}
+        missing = states - program.forward.updated()
+        if missing or not states:
+            raise UnsupportedError(
+                f"{type(model).__name__} cannot be captured with a cache",
+                why=f"{name} does not write into {', '.join(sorted(missing)[:4]) or 'any'}",
+                hint="models of transformers with attention in every layer can",
+            )
+    made = combine({"forward": forward, **entries})
+    made.facts["cache"] = facts
+    return made
+
+
+def _layers(program: Program) -> int:
+    """How many layers the caches of an entry have."""
+    return sum(name.startswith("key_cache_") for name in program.weights)
+
+
+def _capture_causal(model: nn.Module, batch: int, length: int) -> dict[str, Program]:
+    cached = WithCache(model, batch, length).eval()
     tokens = Dim("tokens", min=2, max=length - 1)
     dynamic = {
         "input_ids": {1: tokens},
@@ -102,28 +131,17 @@ def capture_cached(model: nn.Module, forward: Program, *, batch: int, length: in
         "cache_position": {0: tokens},
     }
     prompt = min(5, length - 1)
-    entries = {
+    return {
         PREFILL: capture_module(cached, (), example(batch, length, prompt, 0), dynamic, check=False),
         DECODE: capture_module(cached, (), example(batch, length, 1, prompt), None, check=False),
     }
-    for name, program in entries.items():
-        missing = {f"{part}_cache_{k}" for part in ("key", "value") for k in range(len(cached.layers))}
-        missing -= program.forward.updated()
-        if missing:
-            raise UnsupportedError(
-                f"{type(model).__name__} cannot be captured with a cache",
-                why=f"{name} does not write into {', '.join(sorted(missing)[:4])}",
-                hint="causal models of transformers with attention in every layer can",
-            )
-    return combine({"forward": forward, **entries})
 
 
 def refuse_without_past(program: Program, cannot: str) -> None:
     """Raise UsageError for a Program without the entries that generate; `cannot` says what follows from that."""
-    missing = [name for name in (PREFILL, DECODE) if name not in program.entries]
-    if missing:
+    if DECODE not in program.entries:
         raise UsageError(
-            f"the model has no entry {missing[0]!r}, so {cannot}",
+            f"the model has no entry {DECODE!r}, so {cannot}",
             why=f"its entries are {', '.join(program.entries)}",
             hint="capture or optimize it with cache=(batch, length), or --cache BATCHxLENGTH",
         )
@@ -131,10 +149,8 @@ def refuse_without_past(program: Program, cannot: str) -> None:
 
 def cache_size(program: Program) -> tuple[int, int]:
     """The sequences and tokens that the caches of a Program that can generate hold."""
-    entry = program.entries[DECODE]
-    node = next(n for n in entry.input_nodes() if n.meta["name"] == "attention_mask")
-    batch, length = node.meta["val"].shape
-    return int(batch), int(length)
+    facts = program.facts["cache"]
+    return int(facts["batch"]), int(facts["length"])
 
 
 def example(batch: int, length: int, tokens: int, at: int, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from laconic.codegen.onnx.write import OnnxReport, write_onnx
 from laconic.ir.entries import alone
+from laconic.ir.errors import UnsupportedError
 from laconic.ir.files import refuse_existing, temporary_beside
 from laconic.ir.hf_cached import DECODE, PREFILL, cache_size, example, refuse_without_past
 from laconic.ir.outcomes import with_states
@@ -63,6 +64,10 @@ def write_past(
     Raises UsageError for a Program that does not have them, and what `write_onnx` raises.
     """
     refuse_without_past(program, "there is no past to write")
+    if PREFILL not in program.entries:
+        raise UnsupportedError(
+            "the past of an encoder with a decoder is not written as ONNX yet", hint="generate with the saved DIR"
+        )
     for name in (PREFILL, DECODE):
         refuse_existing(past_path(path, name), force)
     found: dict[str, OnnxReport] = {}

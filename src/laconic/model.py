@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,9 +18,15 @@ from laconic.ir.run import Runnable
 class Generates(Runnable):
     """A model that generates, if it was captured with a cache."""
 
-    @cached_property
-    def decoder(self) -> ProgramDecoder:
+    _decoding: ProgramDecoder | None = None
+
+    def decoding(self) -> ProgramDecoder:
         """The entries that generate, on this model's weights. Raises UsageError if it has none."""
+        if self._decoding is None:
+            self._decoding = self._new_decoding()
+        return self._decoding
+
+    def _new_decoding(self) -> ProgramDecoder:
         return ProgramDecoder(self.program, self._own_rows())
 
     def _own_rows(self) -> dict[str, torch.Tensor]:
@@ -42,6 +47,7 @@ class Generates(Runnable):
         repetition_penalty: float | None = None,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int = 0,
+        decoder_start_token_id: int | None = None,
         seed: int | None = None,
         logits_processor: Iterable[Any] = (),
         stopping_criteria: Iterable[Any] = (),
@@ -55,12 +61,13 @@ class Generates(Runnable):
         Raises UsageError for a model that was captured without a cache, and prompts that do not fit it.
         """
         return generate(
-            self.decoder,
+            self.decoding(),
             prompts,
             attention_mask=attention_mask,
             max_new_tokens=max_new_tokens,
             eos_token_id=eos_token_id,
             pad_token_id=pad_token_id,
+            decoder_start_token_id=decoder_start_token_id,
             choice=Choice(do_sample, temperature, top_k, top_p, repetition_penalty),
             seed=seed,
             logits_processor=logits_processor,
@@ -76,6 +83,5 @@ class Model(Generates):
 class Compiled(Generates, CompiledModel):
     """A saved Program as a compiled model, which generates by compiled entries."""
 
-    @cached_property
-    def decoder(self) -> CompiledDecoder:
+    def _new_decoding(self) -> CompiledDecoder:
         return CompiledDecoder(self.program, self._own_rows(), self._options)

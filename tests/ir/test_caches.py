@@ -27,9 +27,14 @@ def cached(make: Any = llama, dtype: torch.dtype = torch.float32) -> Program:
     return laconic.capture(module.to(dtype).eval(), **inputs, dynamic_shapes=axes, cache=(2, 16))
 
 
+@pytest.fixture(scope="module")
+def small() -> Program:
+    return cached()
+
+
 @pytest.mark.parametrize("make", [llama, pytest.param(gpt2, marks=pytest.mark.slow)])
-def test_static_caches_are_found_in_every_entry(make: Any) -> None:
-    found, near = find_caches(cached(make))
+def test_static_caches_are_found_in_every_entry(make: Any, small: Program) -> None:
+    found, near = find_caches(small if make is llama else cached(make))
     assert found == [
         CacheSite("static", f"key_cache_{k}", f"value_cache_{k}", 2, ("prefill", "decode")) for k in range(2)
     ]
@@ -73,10 +78,11 @@ def test_what_is_no_cache_says_why() -> None:
     assert "cache=(batch, length)" in str(caught.value)
 
 
-@pytest.mark.parametrize(("was", "now"), [(torch.float16, torch.bfloat16), (torch.float32, torch.bfloat16)])
-def test_caches_in_another_dtype(was: torch.dtype, now: torch.dtype) -> None:
+@pytest.mark.parametrize("was", [pytest.param(torch.float16, marks=pytest.mark.slow), torch.float32])
+def test_caches_in_another_dtype(was: torch.dtype, small: Program) -> None:
     """The states, what is written into them in both entries, and what attention reads of them."""
-    before = cached(dtype=was)
+    now = torch.bfloat16
+    before = small if was is torch.float32 else cached(dtype=was)
     after = cast_caches(before, now)
     verify(after)
     verify_rewrite(before, after)
@@ -98,10 +104,9 @@ def test_caches_in_another_dtype(was: torch.dtype, now: torch.dtype) -> None:
     assert all(0 < gap < 2e-2 for gap in gaps)  # bfloat16 has eight bits
 
 
-def test_the_same_dtype_changes_no_bit() -> None:
-    before = cached()
-    after = cast_caches(before, torch.float32)
-    assert torch.equal(*(Model(p).generate(PROMPTS, max_new_tokens=6) for p in (before, after)))
+def test_the_same_dtype_changes_no_bit(small: Program) -> None:
+    after = cast_caches(small, torch.float32)
+    assert torch.equal(*(Model(p).generate(PROMPTS, max_new_tokens=6) for p in (small, after)))
 
 
 def test_a_state_that_is_used_otherwise_is_left_alone() -> None:

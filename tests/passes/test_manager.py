@@ -230,12 +230,15 @@ def test_the_case_that_breaks_a_tolerance_is_judged_again() -> None:
         laconic.optimize(torch.nn.ReLU(), [_Capped()], inputs=inputs)
 
 
-def test_a_program_with_entries_that_are_not_checked_is_not_called_verified() -> None:
+def test_entries_beside_forward_are_held_to_the_contract_too() -> None:
     body = """
-      input %x: f32[3] in [-1.0, 1.0]
+      input %x: f32[3] in [-20.0, 20.0]
       argument x = %x
       %y: f32[3] = aten.relu(%x)
       return %y
     """
     both = parse(f"entry forward {{{body}}}\nentry decode {{{body}}}")
-    assert not optimize(both, [_Capped(entry="decode")]).ledger.verified
+    with pytest.raises(VerificationError, match="the contract 'tolerance' is broken") as caught:
+        optimize(both, [_Capped(entry="decode")])
+    assert "inputs of decode" in str(caught.value)
+    assert optimize(both, "cse").ledger.verified

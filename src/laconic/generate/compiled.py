@@ -12,7 +12,6 @@ from laconic.codegen.backend.options import Options
 from laconic.codegen.backend.programs import CompiledEntry
 from laconic.generate.decoding import ProgramDecoder
 from laconic.ir.entries import alone
-from laconic.ir.hf_cached import DECODE, PREFILL
 from laconic.ir.outline import inline, outline
 from laconic.ir.program import Kind, Program
 
@@ -23,12 +22,12 @@ class CompiledDecoder(ProgramDecoder):
     def __init__(self, program: Program, weights: Mapping[str, torch.Tensor] | None, options: Options) -> None:
         super().__init__(program, weights)
         flat = inline(program)
-        self._own = {name: outline(alone(flat, name, [])) for name in (PREFILL, DECODE)}
+        self._own = {name: outline(alone(flat, name, [])) for name in self._entries}
         self.compiled = {name: CompiledEntry(own, "forward", options) for name, own in self._own.items()}
 
     def _outputs(self, name: str, inputs: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
         own = self._own[name]
-        tokens = int(inputs["input_ids"].shape[1])
+        tokens = int(inputs["cache_position"].shape[0])  # the one size that changes, of a prompt
         sizes = {sympy.Symbol(key, positive=True, integer=True): tokens for key in own.symbols}
         function = self.compiled[name].function(sizes)
         if function is None:

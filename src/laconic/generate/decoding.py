@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from laconic.ir.hf_cached import DECODE, PREFILL, cache_size, refuse_without_past
+from laconic.ir.hf_cached import DECODE, ENCODE, PREFILL, cache_size, refuse_without_past
 from laconic.ir.program import Kind, Program, Role
 from laconic.ir.run import Executable, declared_weights
 from laconic.ir.types import nbytes
@@ -17,20 +17,23 @@ from laconic.ir.types import nbytes
 class Decoder(ABC):
     """Runs `batch` sequences of at most `length` tokens, the prompt at once, then one token at a time.
 
-    `run` is given, as int64: input_ids and position_ids (batch, tokens), attention_mask (batch, length), cache_position
-    (tokens,); it returns the logits of the last position, (batch, vocabulary), and keeps the caches.
+    `run` is given, as int64: input_ids and position_ids (batch, tokens), attention_mask (batch, length), and
+    cache_position (tokens,). Where there is a source to read, of at most `source` tokens, the first call is given the
+    source's input_ids, and each its attention_mask (batch, source) and decoder_input_ids (batch, 1). It returns the
+    logits of the last position, (batch, vocabulary), and keeps the caches.
     """
 
     batch: int
     length: int
+    source: int | None = None
 
     @abstractmethod
     def start(self) -> None:
         """Forget what was seen."""
 
     @abstractmethod
-    def run(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The logits of the last of these tokens, of which there are several (a prompt) or one."""
+    def run(self, inputs: Mapping[str, torch.Tensor], *, first: bool) -> torch.Tensor:
+        """The logits of the last of these tokens: of a prompt or source, if it is the `first` call, else of one."""
 
     @property
     @abstractmethod
@@ -46,20 +49,22 @@ class ProgramDecoder(Decoder):
 
     def __init__(self, program: Program, weights: Mapping[str, torch.Tensor] | None = None) -> None:
         refuse_without_past(program, "it cannot generate")
-        self._entries = {name: program.entries[name] for name in (PREFILL, DECODE)}
+        self._first = PREFILL if PREFILL in program.entries else ENCODE
+        self._entries = {name: program.entries[name] for name in (self._first, DECODE)}
         self._run = {name: Executable(entry) for name, entry in self._entries.items()}
         rows = declared_weights(program) if weights is None else dict(weights)
         self._initial = {n: rows[n] for n, weight in program.weights.items() if weight.kind is Kind.STATE}
         self._rows = rows
         self.batch, self.length = cache_size(program)
+        self.source = program.facts["cache"].get("source")
         self.start()
 
     def start(self) -> None:
         self._rows |= {name: torch.zeros_like(value) for name, value in self._initial.items()}
 
     @torch.no_grad()
-    def run(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        name = PREFILL if inputs["input_ids"].shape[1] > 1 else DECODE
+    def run(self, inputs: Mapping[str, torch.Tensor], *, first: bool) -> torch.Tensor:
+        name = self._first if first else DECODE
         logits = None
         for output, value in zip(self._entries[name].outputs, self._outputs(name, inputs), strict=True):
             if output.role is Role.UPDATE:

@@ -50,6 +50,7 @@ def generate(
     max_new_tokens: int = 20,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int = 0,
+    decoder_start_token_id: int | None = None,
     choice: Choice | None = None,
     seed: int | None = None,
     logits_processor: Iterable[Any] = (),
@@ -57,7 +58,8 @@ def generate(
     streamer: Callable[[torch.Tensor], None] | Any = None,
 ) -> torch.Tensor:
     """Continue prompts: (sequences, prompt + new tokens) int64, padded on the left as the prompts were, and with
-    `pad_token_id` behind a sequence that has ended.
+    `pad_token_id` behind a sequence that has ended. Where prompts are sources for an encoder, what is continued is
+    `decoder_start_token_id` (the token that pads, if it is not given).
 
     `prompts` are token ids, as lists of different length or as a tensor with an `attention_mask` (0 where padded). At
     most `max_new_tokens` are added; a sequence ends with one of `eos_token_id`. With `choice.do_sample` tokens are
@@ -71,7 +73,12 @@ def generate(
     _refuse_misfits(decoder, given, width, max_new_tokens)
     choice = choice or Choice()
     rows = torch.arange(decoder.batch).clamp(max=given - 1)  # sequences that nobody asked for repeat the last one
-    processors, steps = choice.processors(logits_processor), _Steps(decoder, ids[rows], mask[rows])
+    steps: _Steps | _SourceSteps = _Steps(decoder, ids[rows], mask[rows])
+    if decoder.source is not None:
+        start = pad_token_id if decoder_start_token_id is None else decoder_start_token_id
+        steps = _SourceSteps(decoder, decoder.source, ids[rows], mask[rows], start)
+        ids = torch.full((given, 1), start)
+    processors = choice.processors(logits_processor)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     ends = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ()), dtype=torch.long)
     going = torch.ones(given, dtype=torch.bool)
@@ -107,7 +114,7 @@ class _Steps:
 
     def prompt(self) -> torch.Tensor:
         self.decoder.start()
-        return self._run(self.ids, self.positions, torch.arange(self.at))
+        return self._run(self.ids, self.positions, torch.arange(self.at), first=True)
 
     def token(self, token: torch.Tensor) -> torch.Tensor:
         """The logits behind one more token of each sequence, (batch,)."""
@@ -116,9 +123,39 @@ class _Steps:
         self.at += 1
         return self._run(token[:, None], self.positions, torch.tensor([self.at - 1]))
 
-    def _run(self, ids: torch.Tensor, positions: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    def _run(
+        self, ids: torch.Tensor, positions: torch.Tensor, places: torch.Tensor, *, first: bool = False
+    ) -> torch.Tensor:
         given = {"input_ids": ids, "position_ids": positions, "attention_mask": self.mask, "cache_position": places}
-        return self.decoder.run(given)
+        return self.decoder.run(given, first=first)
+
+
+class _SourceSteps:
+    """The inputs of each step where a source is read first: it is padded on the right to all that its cache holds."""
+
+    def __init__(self, decoder: Decoder, size: int, ids: torch.Tensor, mask: torch.Tensor, start: int) -> None:
+        self.decoder, self.start, self.at = decoder, start, 0
+        self.ids, self.mask = (
+            torch.zeros(len(ids), size, dtype=torch.long),
+            torch.zeros(len(ids), size, dtype=torch.long),
+        )
+        for row, (own, there) in enumerate(zip(ids, mask.bool(), strict=True)):
+            kept = own[there]
+            self.ids[row, : len(kept)], self.mask[row, : len(kept)] = kept, 1
+
+    def prompt(self) -> torch.Tensor:
+        self.decoder.start()
+        return self._run(torch.full((len(self.ids), 1), self.start), {"input_ids": self.ids}, first=True)
+
+    def token(self, token: torch.Tensor) -> torch.Tensor:
+        """The logits behind one more token of each sequence, (batch,)."""
+        self.at += 1
+        return self._run(token[:, None], {})
+
+    def _run(self, token: torch.Tensor, more: dict[str, torch.Tensor], *, first: bool = False) -> torch.Tensor:
+        places = torch.tensor([self.at])
+        given = {"decoder_input_ids": token, "attention_mask": self.mask, "cache_position": places}
+        return self.decoder.run(given | more, first=first)
 
 
 def _chosen(scores: torch.Tensor, sample: bool, generator: torch.Generator | None) -> torch.Tensor:
@@ -166,6 +203,17 @@ def _refuse_misfits(decoder: Decoder, sequences: int, width: int, more: int) -> 
         )
     if more < 1:
         raise UsageError(f"max_new_tokens is {more}", hint="one token at least")
+    if decoder.source is not None:
+        if width > decoder.source:
+            raise UsageError(
+                f"the longest source has {width} tokens, and its cache holds {decoder.source}",
+                hint="shorten it, or capture with a longer cache",
+            )
+        if more > decoder.length:
+            raise UsageError(
+                f"{more} new tokens need a cache of {more}", why=f"it holds {decoder.length}", hint="ask for fewer"
+            )
+        return
     if max(width, 2) >= decoder.length:
         raise UsageError(
             f"the longest prompt has {width} tokens, and the cache holds {decoder.length}",

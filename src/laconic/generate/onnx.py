@@ -43,8 +43,8 @@ class OnnxDecoder(Decoder):
         zeros = {n: torch.zeros(cache.shape, dtype=cache.dtype) for n, cache in self._caches.items()}
         self._states: dict[str, Any] = session.values(zeros)
 
-    def run(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        session = self._sessions[PREFILL if inputs["input_ids"].shape[1] > 1 else DECODE]
+    def run(self, inputs: Mapping[str, torch.Tensor], *, first: bool) -> torch.Tensor:
+        session = self._sessions[PREFILL if first else DECODE]
         given = {name: inputs[name] for name in session.inputs if not name.startswith(_STATE)}
         found = dict(zip(session.outputs, session.run_values(session.values(given) | self._states), strict=True))
         self._states |= {n.removesuffix(_NEXT): v for n, v in found.items() if n.endswith(_NEXT)}

@@ -1,0 +1,89 @@
+"""Capture of an encoder with a decoder of transformers for generation: `encode` takes a source and the first token,
+`decode` one token more.
+
+Keys and values of the source stand in states beside those of the tokens: `encode` writes both, `decode` reads the one
+and adds to the other. `attention_mask` is 1 where the source has a token; it is as long as the cache of the source.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from laconic.ir.capture import capture_module
+from laconic.ir.hf_cached import DECODE, ENCODE, heads_and_width
+from laconic.ir.program import Program
+
+
+class WithBothCaches(nn.Module):
+    """An encoder with a decoder, with caches as buffers: the logits of one token. `source` is given to the first call
+    only."""
+
+    def __init__(self, model: nn.Module, batch: int, source: int, length: int, *, first: bool) -> None:
+        from transformers.cache_utils import Cache, StaticLayer
+
+        super().__init__()
+        self.model, self.first = model, first
+        config: Any = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
+        count = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
+        weight = next(model.parameters())
+        heads, width = heads_and_width(config)
+        self.caches = [Cache(layers=[StaticLayer(max_cache_len=n) for _ in range(count)]) for n in (length, source)]
+        for name, cache in zip(("", "cross_"), self.caches, strict=True):
+            cache.early_initialization(batch, heads, width, weight.dtype, weight.device)
+            for k, layer in enumerate(cast(list[Any], cache.layers)):
+                self.register_buffer(f"{name}key_cache_{k}", layer.keys, persistent=False)
+                self.register_buffer(f"{name}value_cache_{k}", layer.values, persistent=False)
+        self.hidden = (batch, source, int(config.hidden_size))
+
+    def forward(
+        self,
+        attention_mask: torch.Tensor,
+        decoder_input_ids: torch.Tensor,
+        cache_position: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        from transformers.cache_utils import EncoderDecoderCache
+        from transformers.modeling_outputs import BaseModelOutput
+
+        for name, cache in zip(("", "cross_"), self.caches, strict=True):
+            for k, layer in enumerate(cast(list[Any], cache.layers)):
+                layer.keys, layer.values = (
+                    getattr(self, f"{name}key_cache_{k}"),
+                    getattr(self, f"{name}value_cache_{k}"),
+                )
+                layer.cumulative_length = cache_position[0].clone() * (0 if name else 1)
+        both: Any = EncoderDecoderCache.__new__(EncoderDecoderCache)  # its constructor looks at values
+        both.self_attention_cache, both.cross_attention_cache = self.caches
+        both.is_updated = dict.fromkeys(range(len(self.caches[0].layers)), not self.first)
+        given: dict[str, Any] = {"input_ids": input_ids}
+        if not self.first:  # what is read of the source stands in the cache: its shape is all that counts
+            weight = next(self.model.parameters())
+            empty = torch.zeros(self.hidden, dtype=weight.dtype, device=weight.device)
+            given = {"encoder_outputs": BaseModelOutput(last_hidden_state=empty)}
+        found = self.model(
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            past_key_values=both,
+            use_cache=True,
+            **given,
+        )
+        return {"logits": found.logits[:, -1:]}
+
+
+def capture_both(model: nn.Module, *, batch: int, source: int, length: int) -> dict[str, Program]:
+    """The entries that generate, each captured by itself."""
+    first = WithBothCaches(model, batch, source, length, first=True).eval()
+    later = WithBothCaches(model, batch, source, length, first=False).eval()
+    ids = {"input_ids": (torch.arange(batch * source) % 29 + 2).reshape(batch, source)}
+    given = {
+        "attention_mask": torch.ones(batch, source, dtype=torch.long),
+        "decoder_input_ids": torch.full((batch, 1), 2),
+        "cache_position": torch.tensor([0]),
+    }
+    return {
+        ENCODE: capture_module(first, (), given | ids, None, check=False),
+        DECODE: capture_module(later, (), given | {"cache_position": torch.tensor([1])}, None, check=False),
+    }
