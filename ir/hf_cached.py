@@ -18,12 +18,8 @@ from torch.export import Dim
 from laconic.ir.capture import capture_module
 from laconic.ir.entries import combine
 from laconic.ir.errors import UnsupportedError, UsageError
+from laconic.ir.past import DECODE, PREFILL, example
 from laconic.ir.program import Program
-
-#: The entries that generate.
-PREFILL, DECODE = "prefill", "decode"
-#: What stands for `prefill` where there is a source to read.
-ENCODE = "encode"
 
 
 class WithCache(nn.Module):
@@ -134,33 +130,4 @@ def _capture_causal(model: nn.Module, batch: int, length: int) -> dict[str, Prog
     return {
         PREFILL: capture_module(cached, (), example(batch, length, prompt, 0), dynamic, check=False),
         DECODE: capture_module(cached, (), example(batch, length, 1, prompt), None, check=False),
-    }
-
-
-def refuse_without_past(program: Program, cannot: str) -> None:
-    """Raise UsageError for a Program without the entries that generate; `cannot` says what follows from that."""
-    if DECODE not in program.entries:
-        raise UsageError(
-            f"the model has no entry {DECODE!r}, so {cannot}",
-            why=f"its entries are {', '.join(program.entries)}",
-            hint="capture or optimize it with cache=(batch, length), or --cache BATCHxLENGTH",
-        )
-
-
-def cache_size(program: Program) -> tuple[int, int]:
-    """The sequences and tokens that the caches of a Program that can generate hold."""
-    facts = program.facts["cache"]
-    return int(facts["batch"]), int(facts["length"])
-
-
-def example(batch: int, length: int, tokens: int, at: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Inputs for so many tokens from a place of the cache on; low token ids, which every vocabulary has."""
-    places = torch.arange(at, at + tokens)
-    mask = torch.zeros(batch, length, dtype=torch.long)
-    mask[:, : at + tokens] = 1
-    return {
-        "input_ids": (torch.arange(batch * tokens) * (seed + 1) % 29 + 2).reshape(batch, tokens),
-        "attention_mask": mask,
-        "position_ids": places.expand(batch, tokens).clone(),
-        "cache_position": places,
     }

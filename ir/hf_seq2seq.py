@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from laconic.ir.capture import capture_module
-from laconic.ir.hf_cached import DECODE, ENCODE, heads_and_width
+from laconic.ir.hf_cached import heads_and_width
+from laconic.ir.past import DECODE, ENCODE
 from laconic.ir.program import Program
 
 

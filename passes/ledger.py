@@ -13,6 +13,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from laconic.ir.cost import flops_at
+from laconic.ir.past import cache_bytes_per_token
 from laconic.ir.program import Program
 from laconic.passes.base import Contract
 
@@ -133,6 +134,7 @@ def measure(program: Program, max_abs: float | None, metrics: Mapping[str, float
         program.node_count(),
         program.weight_bytes(),
         flops_at(program),
+        cache_bytes_per_token(program),
         max_abs=max_abs,
         kl=metrics.get("kl"),
         metrics=dict(metrics),

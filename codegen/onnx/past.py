@@ -17,8 +17,8 @@ from laconic.codegen.onnx.write import OnnxReport, write_onnx
 from laconic.ir.entries import alone
 from laconic.ir.errors import UnsupportedError
 from laconic.ir.files import refuse_existing, temporary_beside
-from laconic.ir.hf_cached import DECODE, PREFILL, cache_size, example, refuse_without_past
 from laconic.ir.outcomes import with_states
+from laconic.ir.past import DECODE, PREFILL, cache_size, example, refuse_without_past
 from laconic.ir.program import Program
 from laconic.ir.run import evaluate
 

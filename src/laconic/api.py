@@ -19,9 +19,10 @@ from laconic.figures import Judge
 from laconic.ir.capture import capture_module
 from laconic.ir.data import Data
 from laconic.ir.errors import UsageError
-from laconic.ir.hf_cached import DECODE, capture_cached
+from laconic.ir.hf_cached import capture_cached
 from laconic.ir.inputs import Case, cases
 from laconic.ir.metrics.registry import load as load_metric
+from laconic.ir.past import DECODE
 from laconic.ir.program import Program
 from laconic.ir.run import check_inputs, flatten_arguments
 from laconic.ir.types import type_of

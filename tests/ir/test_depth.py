@@ -158,6 +158,7 @@ def blocks_of(program: Program) -> list[Block]:
     return Depth(program).blocks
 
 
+@pytest.mark.slow
 def test_caches_go_with_their_block(cached: Program) -> None:
     planted = silent(cached, blocks_of(cached)[1].rows)
     after = Depth(planted).skip_blocks([blocks_of(planted)[1]])
@@ -170,6 +171,7 @@ def test_caches_go_with_their_block(cached: Program) -> None:
     assert planted.weight_bytes() - after.weight_bytes() == size_of(planted, blocks_of(planted)[1].rows)
 
 
+@pytest.mark.slow
 def test_a_shared_block_keeps_a_cache_of_its_own(cached: Program) -> None:
     first, second, _ = blocks_of(cached)
     planted = twin(cached, Depth(cached)._pairs(second, first, ()))
@@ -203,8 +205,8 @@ def test_what_is_used_elsewhere_cannot_be_skipped() -> None:
     verify(depth.skip([depth.units[0]]))
 
 
-def test_blocks_of_other_runs_are_not_alike(cached: Program) -> None:
-    depth = Depth(cached)
+def test_blocks_of_other_runs_are_not_alike(program: Program) -> None:
+    depth = Depth(program)
     other = Block(7, 0, depth.blocks[0].units)
     with pytest.raises(UsageError, match="are not alike"):
         depth.repoint(depth.blocks[1], other)

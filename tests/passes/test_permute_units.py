@@ -15,7 +15,7 @@ from laconic.passes.permute_units import PermuteUnits
 from laconic.passes.plans import read_plan, write_plan
 
 
-@pytest.mark.parametrize("case", sampled(CASES, 5), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", sampled(CASES, 9), ids=lambda case: case.name)
 def test_results_stay(case: Case) -> None:
     """Every check of the manager on; and once more it finds all in order."""
     torch.manual_seed(0)

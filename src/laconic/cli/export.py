@@ -64,7 +64,7 @@ def export(
         from laconic.codegen.onnx import write_onnx
         from laconic.codegen.onnx.past import write_past
         from laconic.codegen.pt2 import write_pt2
-        from laconic.ir.hf_cached import DECODE
+        from laconic.ir.past import DECODE
         from laconic.sources import program_of
 
         program = program_of(model, shown.stage, cache=held)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from laconic.ir.hf_cached import DECODE, ENCODE, PREFILL, cache_size, refuse_without_past
+from laconic.ir.past import DECODE, ENCODE, PREFILL, cache_size, refuse_without_past
 from laconic.ir.program import Kind, Program, Role
 from laconic.ir.run import Executable, declared_weights
 from laconic.ir.types import nbytes

@@ -13,7 +13,7 @@ from laconic.codegen.onnx.past import past_path
 from laconic.codegen.onnx.runtime import Session
 from laconic.generate.decoding import Decoder
 from laconic.ir.errors import UsageError
-from laconic.ir.hf_cached import DECODE, PREFILL
+from laconic.ir.past import DECODE, PREFILL
 
 _STATE, _NEXT = "state.", ".next"
 

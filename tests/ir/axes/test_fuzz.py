@@ -9,7 +9,7 @@ from axes_oracles import distance, results, try_permutations, try_shrinks
 from held_oracle import held_true, planted
 from laconic.passes.dead_units import DeadUnits
 
-FAST, ALL = 8, 150
+FAST, ALL = 4, 150
 
 
 @pytest.mark.parametrize("seed", [s if s < FAST else pytest.param(s, marks=pytest.mark.slow) for s in range(ALL)])

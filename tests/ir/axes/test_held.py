@@ -18,7 +18,7 @@ from laconic.ir.axes.held import Holding
 
 
 @pytest.mark.parametrize("seed", sampled(range(3), 3))
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", sampled(CASES, 4), ids=lambda case: case.name)
 def test_what_is_claimed_is_so(case: Case, seed: int) -> None:
     torch.manual_seed(seed)
     program = captured(case.weights, case.function, [torch.randn(shape) for shape in case.inputs])

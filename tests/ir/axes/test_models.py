@@ -16,7 +16,7 @@ from laconic.ir.axes.dead import dead_positions
 from laconic.ir.capture import capture_module
 from laconic.ir.program import Program
 
-FAST = ("llama", "vit")
+FAST = ("vit",)
 NAMES = [*ARCHITECTURES, *(name for name in EIGHT if name not in ARCHITECTURES)]
 
 

@@ -77,7 +77,7 @@ CASES: list[tuple[Make, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("case", sampled(CASES, 6), ids=lambda case: "-".join([case[0].__name__, *case[1]]))
+@pytest.mark.parametrize("case", sampled(CASES, 10), ids=lambda case: "-".join([case[0].__name__, *case[1]]))
 def test_labels_explain_another_size(case: tuple[Make, dict[str, Any]]) -> None:
     make, changes = case
     programs = []
