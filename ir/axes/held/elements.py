@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -139,22 +138,21 @@ def norm(asked: Asked) -> Held | None:
     """A channel of which the weight is zero holds its bias."""
     if asked.output or asked.axis is None or asked.axis < asked.rank - len(asked.given("normalized_shape")):
         return None
-    return _scaled_away(asked, [asked.given("weight"), asked.given("bias") if "layer" in asked.op else None])
+    wide = len(asked.given("normalized_shape"))
+    bias = asked.given("bias") if "layer" in asked.op else None
+    return _scaled_away(asked, asked.given("weight"), bias, asked.axis - asked.rank + wide)
 
 
 @rule("aten.group_norm", "aten.native_group_norm", "aten.instance_norm")
 def group_norm(asked: Asked) -> Held | None:
     if asked.output or asked.axis != 1:
         return None
-    return _scaled_away(asked, [asked.given("weight"), asked.given("bias")])
+    return _scaled_away(asked, asked.given("weight"), asked.given("bias"), 0)
 
 
-def _scaled_away(asked: Asked, vectors: Sequence[Any]) -> Held | None:
-    weight, bias = vectors
-    if not isinstance(weight, fx.Node):
-        return None
-    axis = len(asked.shape(weight)) - (asked.rank - asked.axis) if asked.op[-10:] != "group_norm" else 0  # type: ignore[operator]
-    scale = asked.of(weight, axis)
+def _scaled_away(asked: Asked, weight: Any, bias: Any, axis: int) -> Held | None:
+    """The bias where the weight is zero; both along this axis of theirs."""
+    scale = asked.of(weight, axis) if isinstance(weight, fx.Node) else None
     if not scale:
         return None
     if not isinstance(bias, fx.Node):
@@ -169,14 +167,15 @@ def batch_norm(asked: Asked) -> Held | None:
     training = asked.op == "batch_norm" and asked.given("training")
     if asked.output or asked.axis != 1 or training:
         return None
-    names = ("weight", "bias", "running_mean", "running_var")
-    vectors = [asked.of(v, 0) if isinstance(v := asked.given(name), fx.Node) else None for name in names]
-    scale, shift, mean, variance = vectors
-    if not mean or not variance:
+    usual = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
+    vectors = [
+        asked.of(v, 0) if isinstance(v := asked.given(name), fx.Node) else Held.everywhere(n, asked.size, torch.float64)
+        for name, n in usual.items()
+    ]
+    if not all(vectors):
         return None
-    scale = scale or Held.everywhere(1, asked.size, asked.kind.dtype)
-    shift = shift or Held.everywhere(0, asked.size, asked.kind.dtype)
-    known, value = scale.at(0) & shift.known, shift.value
+    scale, shift, mean, variance = (v for v in vectors if v)
+    known, value = scale.at(0) & shift.known, shift.value.to(asked.kind.dtype)
     x = asked.of(asked.operand, 1)
     if x:
         normal = (x.value.double() - mean.value) / (variance.value.double() + asked.given("eps")).sqrt()

@@ -82,7 +82,8 @@ class Holding:
             for axis in _axes(kind):
                 held = found(Asked(self, node, kind, axis, output))
                 if held:
-                    self._found[node, output, axis] = held
+                    size = 1 if axis is None else int(kind.shape[axis])
+                    self._found[node, output, axis] = held.spread(size) if len(held.known) == 1 else held
                     self._some.add(node)
 
     def _row(self, name: str, axis: int | None) -> Held | None:

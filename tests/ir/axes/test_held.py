@@ -93,6 +93,43 @@ KNOWN: dict[str, tuple[Any, ...]] = {
         1,
         {3: 0.0},
     ),
+    "a channel of a group that its norm scales away": (
+        {**A, "g": (6,)},
+        [rows("g", 3), rows("b", 3, to=0.5)],
+        lambda w, x: F.group_norm(F.linear(x, w.a)[..., None], 2, w.g, w.b)[..., 0],
+        1,
+        {3: 0.5},
+    ),
+    "a channel of an image that its norm scales away": (
+        {**A, "g": (6,)},
+        [rows("g", 3), rows("b", 3, to=0.5)],
+        lambda w, x: F.instance_norm(F.linear(x, w.a)[..., None].expand(5, 6, 7), weight=w.g, bias=w.b),
+        1,
+        {3: 0.5},
+    ),
+    "batch norm of a constant, and by what is not known": (
+        {**A, "g": (6,), "m": (6,)},
+        [rows("a", 2), rows("g", *range(6), to=1.0), rows("m", *range(6), to=0.5), rows("b", *range(6))],
+        lambda w, x: F.batch_norm(F.linear(x, w.a), w.m * 0, w.m * 2, w.g, w.b, eps=0.0) + w.m,
+        1,
+        {2: 0.5},
+    ),
+    "batch norm by what depends on the input": (
+        {**A, "m": (6,)},
+        [rows("a", 2), rows("m", *range(6), to=0.5)],
+        lambda w, x: F.batch_norm(F.linear(x, w.a), w.m, w.m, x[0, :6].cos(), w.b),
+        1,
+        {},
+    ),
+    "one set of values for every sequence": (
+        {"v": (1, 3, 5, 4)},
+        [("v", 1, (1,), ZERO)],
+        lambda w, x: F.scaled_dot_product_attention(
+            x[:, None, None, :4].expand(5, 3, 2, 4), x[:, None, None, :4].expand(5, 3, 5, 4), w.v.expand(5, 3, 5, 4)
+        ),
+        1,
+        {1: 0.0},
+    ),
     "heads, apart and together again": (
         A,
         [rows("a", 2, 3)],
