@@ -173,6 +173,16 @@ def test_parts_of_transformers_are_used(decoder: tuple[nn.Module, laconic.Result
     result.model.generate(PROMPTS, max_new_tokens=NEW, streamer=lambda token: seen.append(token.tolist()))
     assert torch.tensor(seen).t().tolist() == plain[:, -NEW:].tolist()
 
+    class Words:  # only so much of a tokenizer as a streamer needs
+        def decode(self, ids: list[int], **settings: Any) -> str:
+            return " ".join(map(str, ids)) + "\n"
+
+    found: list[str] = []
+    streamer = hf.TextStreamer(Words(), skip_prompt=True)
+    streamer.on_finalized_text = lambda words, stream_end=False: found.append(words)
+    one = result.model.generate(PROMPTS[:1], max_new_tokens=4, streamer=streamer)
+    assert "".join(found).split() == [str(int(token)) for token in one[0, -4:]]
+
 
 def test_caches_are_as_large_as_computed_and_kept_apart(decoder: tuple[nn.Module, laconic.Result]) -> None:
     """Two layers of keys and values, two heads of width 8, 4 bytes each; whoever generates has caches of his own."""

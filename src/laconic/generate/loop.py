@@ -83,6 +83,8 @@ def generate(
     ends = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ()), dtype=torch.long)
     going = torch.ones(given, dtype=torch.bool)
     said = ids
+    if hasattr(streamer, "put"):
+        streamer.put(ids)  # transformers' streamers are given the prompt first
     logits = steps.prompt()[:given]
     for step in range(max_new_tokens):
         scores = processors(said, logits.float())
