@@ -32,7 +32,8 @@ def small() -> Program:
     return cached()
 
 
-@pytest.mark.parametrize("make", [llama, pytest.param(gpt2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [llama, gpt2])
 def test_static_caches_are_found_in_every_entry(make: Any, small: Program) -> None:
     found, near = find_caches(small if make is llama else cached(make))
     assert found == [
@@ -104,6 +105,7 @@ def test_caches_in_another_dtype(was: torch.dtype, small: Program) -> None:
     assert all(0 < gap < 2e-2 for gap in gaps)  # bfloat16 has eight bits
 
 
+@pytest.mark.slow
 def test_the_same_dtype_changes_no_bit(small: Program) -> None:
     after = cast_caches(small, torch.float32)
     assert torch.equal(*(Model(p).generate(PROMPTS, max_new_tokens=6) for p in (small, after)))
