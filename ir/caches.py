@@ -209,9 +209,3 @@ def _in_entry(program: Program, entry: Entry, node: fx.Node, layout: Layout) -> 
             for reader in readers:
                 reader.replace_input_with(user, decoded)
             propagate(program, entry.graph, readers)  # strides may be others
-
-
-def cache_bytes(program: Program, sites: Iterable[CacheSite]) -> int:
-    """The bytes of static caches, each state once."""
-    names: dict[str, Any] = {n: program.weights[n].value for s in sites if s.kind == "static" for n in (s.key, s.value)}
-    return sum(value.numel() * value.element_size() for value in names.values())

@@ -7,37 +7,26 @@ and adds to the other. `attention_mask` is 1 where the source has a token; it is
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
 from laconic.ir.capture import capture_module
-from laconic.ir.hf_cached import heads_and_width
+from laconic.ir.hf_static import WithStaticCaches
 from laconic.ir.past import DECODE, ENCODE
 from laconic.ir.program import Program
 
 
-class WithBothCaches(nn.Module):
-    """An encoder with a decoder, with caches as buffers: the logits of one token. `source` is given to the first call
+class WithBothCaches(WithStaticCaches):
+    """An encoder with a decoder, with caches as buffers: the logits of one token. A source is given to the `first` call
     only."""
 
     def __init__(self, model: nn.Module, batch: int, source: int, length: int, *, first: bool) -> None:
-        from transformers.cache_utils import Cache, StaticLayer
-
-        super().__init__()
-        self.model, self.first = model, first
-        config: Any = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
-        count = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
-        weight = next(model.parameters())
-        heads, width = heads_and_width(config)
-        self.caches = [Cache(layers=[StaticLayer(max_cache_len=n) for _ in range(count)]) for n in (length, source)]
-        for name, cache in zip(("", "cross_"), self.caches, strict=True):
-            cache.early_initialization(batch, heads, width, weight.dtype, weight.device)
-            for k, layer in enumerate(cast(list[Any], cache.layers)):
-                self.register_buffer(f"{name}key_cache_{k}", layer.keys, persistent=False)
-                self.register_buffer(f"{name}value_cache_{k}", layer.values, persistent=False)
-        self.hidden = (batch, source, int(config.hidden_size))
+        super().__init__(model)
+        self.first = first
+        self.own, self.cross = self.add_cache(batch, length), self.add_cache(batch, source, "cross_")
+        self.hidden = (batch, source, int(self.config.hidden_size))
 
     def forward(
         self,
@@ -49,16 +38,11 @@ class WithBothCaches(nn.Module):
         from transformers.cache_utils import EncoderDecoderCache
         from transformers.modeling_outputs import BaseModelOutput
 
-        for name, cache in zip(("", "cross_"), self.caches, strict=True):
-            for k, layer in enumerate(cast(list[Any], cache.layers)):
-                layer.keys, layer.values = (
-                    getattr(self, f"{name}key_cache_{k}"),
-                    getattr(self, f"{name}value_cache_{k}"),
-                )
-                layer.cumulative_length = cache_position[0].clone() * (0 if name else 1)
+        self.hold(self.own, cache_position[0])
+        self.hold(self.cross, torch.zeros_like(cache_position[0]), "cross_")
         both: Any = EncoderDecoderCache.__new__(EncoderDecoderCache)  # its constructor looks at values
-        both.self_attention_cache, both.cross_attention_cache = self.caches
-        both.is_updated = dict.fromkeys(range(len(self.caches[0].layers)), not self.first)
+        both.self_attention_cache, both.cross_attention_cache = self.own, self.cross
+        both.is_updated = dict.fromkeys(range(len(self.own.layers)), not self.first)
         given: dict[str, Any] = {"input_ids": input_ids}
         if not self.first:  # what is read of the source stands in the cache: its shape is all that counts
             weight = next(self.model.parameters())

@@ -239,6 +239,13 @@ class Program:
     def forward(self) -> Entry:
         return self.entries["forward"]
 
+    def entry_of(self, node: fx.Node) -> Entry:
+        """The entry whose graph a node stands in. Raises KeyError for a node of another program."""
+        for entry in self.entries.values():
+            if entry.graph is node.graph:
+                return entry
+        raise KeyError(f"%{node.name} stands in no entry")
+
     @property
     def names(self) -> dict[str, str]:
         """Symbol to display name."""

@@ -17,10 +17,11 @@ from laconic.ir.axes import Axes, Factor, analyse, factors, rewrite
 from laconic.ir.axes.labels import Gather
 from laconic.ir.axes.positions import old_positions, row_moves
 from laconic.ir.errors import UsageError
+from laconic.ir.moves import Moves
 from laconic.ir.program import Program
 from laconic.ir.rewrite import add_constant, drop_unused, find, folded_name, set_argument, used_rows, weight_node
 from laconic.ir.traits import argument
-from laconic.passes.base import Contract, Pass, PassResult, Plan
+from laconic.passes.base import Contract, Pass, Plan
 
 
 def class_action(axes: Axes, factor: Factor, positions: Sequence[int], rule: str, node: fx.Node) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def class_action(axes: Axes, factor: Factor, positions: Sequence[int], rule: str
     weight, axis, k = _member(axes, factor)
     return {
         "rule": rule,
-        "entry": entry_of(axes.program, node),
+        "entry": axes.program.entry_of(node).name,
         "node": node.name,
         "site": node.meta.get("site"),
         "weight": weight,
@@ -38,10 +39,6 @@ def class_action(axes: Axes, factor: Factor, positions: Sequence[int], rule: str
         "positions": list(positions),
         "folds": [],
     }
-
-
-def entry_of(program: Program, node: fx.Node) -> str:
-    return next(name for name, entry in program.entries.items() if entry.graph is node.graph)
 
 
 def _member(axes: Axes, factor: Factor) -> tuple[str, int, int]:
@@ -75,24 +72,17 @@ class AxesPass(Pass):
     def reads_values(self) -> bool:
         return True
 
-    def rewrite(self, program: Program, plan: Plan) -> None:
-        raise NotImplementedError("labels are those of the program that was given: see apply")
-
-    def apply(self, program: Program, plan: Plan) -> PassResult:
-        if not plan.actions:
-            return PassResult(program, False, plan.reason)
-        axes, used = analyse(program), used_rows(program)
+    def rewrite(self, program: Program, plan: Plan) -> Moves:
+        axes, used = analyse(program.clone()), used_rows(program)  # labels are those of what was there before
         kept = {_named(axes, action): action["positions"] for action in plan.actions}
-        made = rewrite(axes, kept, by=self.name, soft=True)
+        rewrite(axes, kept, by=self.name, soft=True, into=program)
         for entry, name in dict.fromkeys((f["entry"], f["node"]) for action in plan.actions for f in action["folds"]):
-            gather = next(g for g in axes.gathers if g.node.name == name and entry_of(program, g.node) == entry)
-            _fold(axes, kept, gather, plan.tensors[f"{entry}.{name}"], made, by=self.name)
-        drop_unused(made, used)
-        return PassResult(made, True, self.said(plan), len(plan.actions), row_moves(axes, kept))
-
-    def said(self, plan: Plan) -> str:
-        """What a plan does, in words."""
-        raise NotImplementedError
+            gather = next(
+                g for g in axes.gathers if g.node.name == name and axes.program.entry_of(g.node).name == entry
+            )
+            _fold(axes, kept, gather, plan.tensors[f"{entry}.{name}"], program, by=self.name)
+        drop_unused(program, used)
+        return row_moves(axes, kept)
 
 
 def _fold(
@@ -100,17 +90,15 @@ def _fold(
 ) -> None:
     """Add to the bias of a call, in `made`, what its operand's constants add at positions that are left out."""
     assert gather.bias is not None
-    entry = made.entries[entry_of(axes.program, gather.node)]
+    entry = made.entries[axes.program.entry_of(gather.node).name]
     matrix, axis = gather.operands[1]
     weight = axes.program.weights[matrix.meta["name"]]
     staying = torch.zeros(len(constants), dtype=torch.bool)
     staying[old_positions(axes.rows[weight.name][axis], kept)] = True
     columns = weight.value.detach().double().movedim(axis, 0)[~staying]
-    added = (
-        constants[~staying].double() @ columns.flatten(2).sum(2)
-        if columns.dim() > 2
-        else (constants[~staying].double() @ columns)
-    )
+    if columns.dim() > 2:  # a kernel, which a constant meets whole
+        columns = columns.flatten(2).sum(2)
+    added = constants[~staying].double() @ columns
     bias = argument(gather.node, gather.bias)
     name = f"{weight.name}_bias" if bias is None else bias.meta["name"]
     if bias is not None:

@@ -103,16 +103,20 @@ class Pass(ABC):
         neither."""
 
     @abstractmethod
-    def rewrite(self, program: Program, plan: Plan) -> None:
-        """Do what the plan says to `program`, in place."""
+    def rewrite(self, program: Program, plan: Plan) -> Moves | None:
+        """Do what the plan says to `program`, in place; say which positions of rows moved, if any did."""
+
+    def said(self, plan: Plan) -> str:
+        """What a plan does, in words."""
+        return describe_actions(plan)
 
     def apply(self, program: Program, plan: Plan) -> PassResult:
         """The rewritten program, or the very same one if there is nothing to do."""
         if not plan.actions:
             return PassResult(program, False, plan.reason)
         rewritten = program.clone()
-        self.rewrite(rewritten, plan)
-        return PassResult(rewritten, True, describe_actions(plan), len(plan.actions))
+        moves = self.rewrite(rewritten, plan)
+        return PassResult(rewritten, True, self.said(plan), len(plan.actions), moves or {})
 
 
 def describe_actions(plan: Plan) -> str:

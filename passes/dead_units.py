@@ -26,7 +26,7 @@ import torch
 from laconic.ir.axes import analyse
 from laconic.ir.axes.dead import dead_positions
 from laconic.ir.program import Program
-from laconic.passes.axes import AxesPass, class_action, entry_of
+from laconic.passes.axes import AxesPass, class_action
 from laconic.passes.base import Plan
 
 
@@ -47,7 +47,7 @@ class DeadUnits(AxesPass):
         for factor, positions in found.kept.items():
             action = class_action(axes, factor, positions, "dead units", found.ends[factor][0].node)
             for fold in found.folds[factor]:
-                entry, node = entry_of(program, fold.gather.node), fold.gather.node.name
+                entry, node = program.entry_of(fold.gather.node).name, fold.gather.node.name
                 action["folds"].append({"entry": entry, "node": node})
                 tensors[f"{entry}.{node}"] = fold.constants
             actions.append(action)

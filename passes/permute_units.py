@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from laconic.ir.axes import Axes, Factor, analyse, changing, factors, free
+from laconic.ir.axes import Axes, Factor, analyse, factors, free, row_factors
 from laconic.ir.axes.classes import first_calls
 from laconic.ir.axes.positions import coordinates
 from laconic.ir.program import Kind, Program
@@ -38,7 +38,7 @@ class PermuteUnits(AxesPass):
     def plan(self, program: Program, statistics: Any = None, score: Any = None) -> Plan:
         axes = analyse(program)
         where = first_calls(axes)
-        units = [f for f in changing(axes) if free(f) and isinstance(f.size, int) and f in where]
+        units = [f for f in row_factors(axes) if free(f) and isinstance(f.size, int) and f in where]
         actions = []
         for factor, keys in _keys(axes, units, self.by).items():
             order = torch.argsort(keys, descending=True, stable=True).tolist()

@@ -14,7 +14,7 @@ from laconic.ir.axes.dead import dead_positions
 from laconic.ir.axes.dims import Factor, factors
 from laconic.ir.axes.labels import Axes
 from laconic.ir.axes.positions import Kept, old_positions, row_moves
-from laconic.ir.axes.rewrite import changing, free, rewrite
+from laconic.ir.axes.rewriter import free, rewrite, row_factors
 from laconic.ir.capture import capture_module
 from laconic.ir.inputs import cases
 from laconic.ir.moves import Moves
@@ -104,7 +104,7 @@ def try_permutations(program: Program, *, seed: int = 0, most: int = 1000) -> tu
     """Permute each free axis by itself, so many at most, and all at once (the last trial)."""
     axes, base = analyse(program), results(program)
     generator = torch.Generator().manual_seed(seed)
-    units = [f for f in changing(axes) if free(f) and isinstance(f.size, int) and f.size > 1]
+    units = [f for f in row_factors(axes) if free(f) and isinstance(f.size, int) and f.size > 1]
     chosen = {f: permuted(axes, f, generator) for f in units}
     found = []
     for factor, order in sample(chosen.items(), most, generator):
@@ -153,10 +153,10 @@ def try_shrinks(program: Program, *, seed: int = 0, most: int = 1000, proved: bo
     axes, base = analyse(program), results(program)
     generator = torch.Generator().manual_seed(seed)
     found = []
-    for factor in sample((f for f in changing(axes) if not f.pins and isinstance(f.size, int)), most, generator):
+    for factor in sample((f for f in row_factors(axes) if not f.pins and isinstance(f.size, int)), most, generator):
         keep = sorted(torch.randperm(factor.size, generator=generator).tolist()[: (factor.size + 1) // 2])
         masked = analyse(zeroed(axes, factor, keep))
-        twin = next(f for f, own in zip(changing(masked), changing(axes), strict=True) if own is factor)
+        twin = next(f for f, own in zip(row_factors(masked), row_factors(axes), strict=True) if own is factor)
         if proved and not set(dead_positions(masked).kept.get(twin, range(factor.size))) <= set(keep):
             continue
         small = rewrite(masked, {twin: keep}, by="test")

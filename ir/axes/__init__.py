@@ -6,6 +6,6 @@ from __future__ import annotations
 from laconic.ir.axes.analysis import analyse
 from laconic.ir.axes.dims import Dim, Factor, Pin, factors
 from laconic.ir.axes.labels import Axes
-from laconic.ir.axes.rewrite import changing, free, refusals, rewrite
+from laconic.ir.axes.rewriter import free, refusals, rewrite, row_factors
 
-__all__ = ["Axes", "Dim", "Factor", "Pin", "analyse", "changing", "factors", "free", "refusals", "rewrite"]
+__all__ = ["Axes", "Dim", "Factor", "Pin", "analyse", "factors", "free", "refusals", "rewrite", "row_factors"]

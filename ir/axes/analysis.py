@@ -12,9 +12,9 @@ from collections import defaultdict
 import torch
 from torch import fx
 
-from laconic.ir.axes.call import Call, flat
+from laconic.ir.axes.call import Call
 from laconic.ir.axes.dims import Pin, fresh, pin, size_of
-from laconic.ir.axes.labels import Axes, Label, Several
+from laconic.ir.axes.labels import Axes, Label, Several, flat
 from laconic.ir.axes.rules import rule
 from laconic.ir.errors import VerificationError
 from laconic.ir.program import Entry, Kind, Program, Role

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from torch import fx
 
 from laconic.ir.axes.dims import Dim, Pin, fresh, pin, size_of
-from laconic.ir.axes.labels import Axes, Domain, Gather, Label, Literal, Place, Resplit, Several
+from laconic.ir.axes.labels import Axes, Domain, Gather, Label, Literal, Place, Resplit, Several, flat
 from laconic.ir.traits import argument
 from laconic.ir.types import Size, TensorType, TupleType, same_size, type_of
 
@@ -157,10 +157,3 @@ class Call:
         if kind is not None:
             self.pin(found, kind, reason)
         return found
-
-
-def flat(label: Label | Several | None) -> list[Label]:
-    """The labels of one value, or of each value of several."""
-    if label is None:
-        return []
-    return [part for part in label.parts if part is not None] if isinstance(label, Several) else [label]

@@ -7,15 +7,14 @@ names are never read.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import fx
 
-from laconic.ir.axes.call import flat
 from laconic.ir.axes.dims import SOFT, Dim, Factor, Pin, Why, factors
-from laconic.ir.axes.labels import Axes
-from laconic.ir.axes.rewrite import changing, free
+from laconic.ir.axes.labels import Axes, flat
+from laconic.ir.axes.rewriter import free, row_factors
 from laconic.ir.program import Kind
 from laconic.ir.structure import Attention, EntryStructure, Moe, find_structure
 from laconic.ir.types import Size
@@ -83,7 +82,7 @@ def classes(axes: Axes) -> list[AxisClass]:
             tuple(factor.pins.items()),
             first.get(factor),
         )
-        for factor in changing(axes)
+        for factor in row_factors(axes)
     ]
 
 
@@ -110,13 +109,9 @@ def first_calls(axes: Axes) -> dict[Factor, fx.Node]:
     found: dict[Factor, fx.Node] = {}
     for node in axes.labels:
         for value in node.all_input_nodes:
-            for factor in _factors_of(axes, value):
+            for factor in axes.factors_of(value):
                 found.setdefault(factor, node)
     return found
-
-
-def _factors_of(axes: Axes, value: fx.Node) -> Iterator[Factor]:
-    return (f for label in flat(axes.labels.get(value)) for dim in label for f in factors(dim))
 
 
 def _literals(axes: Axes) -> Counter[Factor]:

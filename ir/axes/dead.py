@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from laconic.ir.axes.call import flat
 from laconic.ir.axes.dims import MASKED, Dim, Factor, factors, size_of
 from laconic.ir.axes.held import Holding
-from laconic.ir.axes.labels import Axes, Gather
+from laconic.ir.axes.labels import Axes, Gather, flat
 from laconic.ir.axes.positions import coordinates, old_positions
-from laconic.ir.axes.rewrite import changing
+from laconic.ir.axes.rewriter import row_factors
 from laconic.ir.program import Kind
 from laconic.ir.traits import argument
 
@@ -74,17 +73,13 @@ def _ends(axes: Axes) -> dict[Factor, list[Gather]]:
         for node in entry.calls():
             if node in axes.choosing or not isinstance(node.target, torch._ops.OpOverload):
                 continue
-            stays = _factors_at(axes, [node]) | over[node]
-            lost |= _factors_at(axes, node.all_input_nodes) - stays
+            stays = over[node].union(axes.factors_of(node))
+            lost |= {f for value in node.all_input_nodes for f in axes.factors_of(value)} - stays
     return {
         factor: ends[factor]
-        for factor in changing(axes)
+        for factor in row_factors(axes)
         if factor in ends and factor not in lost and isinstance(factor.size, int) and MASKED.issuperset(factor.pins)
     }
-
-
-def _factors_at(axes: Axes, nodes: Collection[fx.Node]) -> set[Factor]:
-    return {f for n in nodes for label in flat(axes.labels.get(n)) for dim in label for f in factors(dim)}
 
 
 #: Ops whose results are never below zero, and ops that change nothing about that.

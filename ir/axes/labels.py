@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from torch import fx
 
-from laconic.ir.axes.dims import Dim, Pin, fresh, join, pin
+from laconic.ir.axes.dims import Dim, Factor, Pin, factors, fresh, join, pin
 from laconic.ir.program import Program
 from laconic.ir.types import TensorType, TupleType, ValueType
 
@@ -22,6 +23,13 @@ class Several:
     """The labels of a call with several results; None where there is no tensor."""
 
     parts: tuple[Label | None, ...]
+
+
+def flat(label: Label | Several | None) -> list[Label]:
+    """The labels of one value, or of each value of several."""
+    if label is None:
+        return []
+    return [part for part in label.parts if part is not None] if isinstance(label, Several) else [label]
 
 
 @dataclass(frozen=True)
@@ -103,6 +111,10 @@ class Axes:
             self.counted.setdefault(domain.origin, node)
         elif domain is not None:
             pin(domain.dim, Pin.OBSERVED, reason, node)
+
+    def factors_of(self, value: fx.Node) -> Iterator[Factor]:
+        """The factors in the labels of a value, each as often as it stands there."""
+        return (f for label in flat(self.labels.get(value)) for dim in label for f in factors(dim))
 
     def fresh_like(self, kind: ValueType | None) -> Label | Several | None:
         """New axes for values of this type."""

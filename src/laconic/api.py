@@ -26,7 +26,7 @@ from laconic.ir.past import DECODE
 from laconic.ir.program import Program
 from laconic.ir.run import check_inputs, flatten_arguments
 from laconic.ir.types import type_of
-from laconic.model import Compiled, Generates, Model
+from laconic.model import Compiled, Model
 from laconic.passes.base import Pass, Plan
 from laconic.passes.ledger import Ledger
 from laconic.passes.manager import Contents, Instrument, PassManager, no_metrics
@@ -155,7 +155,7 @@ def load(
     allow_unverified: bool = False,
     compile: bool = False,
     options: Mapping[str, Any] | None = None,
-) -> Generates:
+) -> Model:
     """The model of a saved DIR as a callable, which generates if it was captured with a cache; its `program` is the
     Program. Nothing of the DIR is unpickled.
 

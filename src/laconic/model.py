@@ -15,8 +15,8 @@ from laconic.ir.program import Kind
 from laconic.ir.run import Runnable
 
 
-class Generates(Runnable):
-    """A model that generates, if it was captured with a cache."""
+class Model(Runnable):
+    """A Program as a model, which generates if it was captured with a cache."""
 
     _decoding: ProgramDecoder | None = None
 
@@ -76,11 +76,7 @@ class Generates(Runnable):
         )
 
 
-class Model(Generates):
-    """A Program as a model, computed in eager."""
-
-
-class Compiled(Generates, CompiledModel):
+class Compiled(Model, CompiledModel):
     """A saved Program as a compiled model, which generates by compiled entries."""
 
     def _new_decoding(self) -> CompiledDecoder:

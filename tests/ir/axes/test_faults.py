@@ -20,7 +20,7 @@ from laconic.ir.axes.rules import norms, parts, pointwise, products, rule
 from laconic.ir.errors import LaconicError
 
 #: The module, which has the name of its function.
-rewrite = import_module("laconic.ir.axes.rewrite")
+rewrite = import_module("laconic.ir.axes.rewriter")
 BY_NAME = {case.name: case for case in CASES}
 Patch = Callable[[pytest.MonkeyPatch], None]
 FAULTS: dict[str, tuple[Patch, list[str]]] = {}

@@ -11,7 +11,7 @@ from torch import nn
 
 from architectures import ARCHITECTURES, EIGHT
 from axes_oracles import Tried, try_permutations, try_shrinks, zeroed
-from laconic.ir.axes import Axes, analyse, changing, factors, free
+from laconic.ir.axes import Axes, analyse, factors, free, row_factors
 from laconic.ir.axes.dead import dead_positions
 from laconic.ir.capture import capture_module
 from laconic.ir.program import Program
@@ -44,7 +44,7 @@ def _alive(module: nn.Module) -> None:
 
 
 def permutable(axes: Axes) -> Counter[int]:
-    return Counter(f.size for f in changing(axes) if free(f))
+    return Counter(f.size for f in row_factors(axes) if free(f))
 
 
 def test_permuted_programs_compute_the_same(subject: tuple[str, Program]) -> None:
@@ -70,18 +70,18 @@ def test_planted_zeros_are_found_and_nothing_else(subject: tuple[str, Program]) 
     axes = analyse(program)
     assert dead_positions(axes).kept == {}
     expected, masked = {}, program
-    for k, factor in enumerate(changing(axes)):
+    for k, factor in enumerate(row_factors(axes)):
         if (
             not factor.pins
             and isinstance(factor.size, int)
             and any(factor in set(factors(g.dim)) for g in axes.gathers)
         ):
             keep = sorted(torch.randperm(factor.size, generator=torch.Generator().manual_seed(k)).tolist()[::2])
-            twin = list(changing(now := analyse(masked)))[k]
+            twin = list(row_factors(now := analyse(masked)))[k]
             masked, expected[k] = zeroed(now, twin, keep), keep
     again = analyse(masked)
     found = dead_positions(again).kept
-    assert {k: found[factor] for k, factor in enumerate(changing(again)) if factor in found} == expected
+    assert {k: found[factor] for k, factor in enumerate(row_factors(again)) if factor in found} == expected
     assert expected
 
 

@@ -7,7 +7,7 @@ import torch
 
 from axes_oracles import captured
 from axes_programs import CASES, Case
-from laconic.ir.axes import analyse, changing, factors, rewrite
+from laconic.ir.axes import analyse, factors, rewrite, row_factors
 from laconic.ir.axes.dims import SOFT, Dim, Pin
 from laconic.ir.errors import UsageError
 
@@ -59,7 +59,7 @@ def _labels(axes) -> list[tuple[Dim, ...]]:  # type: ignore[no-untyped-def]
 )
 def test_positions_that_are_not_there(positions: list[int], why: str) -> None:
     axes = analyse(program_of("relu"))
-    (factor,) = (f for f in changing(axes) if not f.pins)
+    (factor,) = (f for f in row_factors(axes) if not f.pins)
     with pytest.raises(UsageError, match="these axes may not be rewritten so") as caught:
         rewrite(axes, {factor: positions}, by="test")
     assert why in str(caught.value)
@@ -67,7 +67,7 @@ def test_positions_that_are_not_there(positions: list[int], why: str) -> None:
 
 def test_all_reasons_are_told_at_once() -> None:
     axes = analyse(program_of("relu"))
-    pinned = [f for f in changing(axes) if f.pins]
+    pinned = [f for f in row_factors(axes) if f.pins]
     with pytest.raises(UsageError) as caught:
         rewrite(axes, {f: [1, 0] for f in pinned}, by="test")
     for factor in pinned:

@@ -13,7 +13,7 @@ from axes_oracles import captured, try_permutations, try_shrinks
 from axes_programs import CASES, Case
 from laconic.ir.axes.analysis import analyse
 from laconic.ir.axes.dims import SOFT, Pin
-from laconic.ir.axes.rewrite import changing, free
+from laconic.ir.axes.rewriter import free, row_factors
 from laconic.ir.axes.rules import rule
 
 
@@ -22,7 +22,7 @@ def test_what_is_free_and_what_is_pinned(case: Case) -> None:
     torch.manual_seed(1)
     program = captured(case.weights, case.function, [torch.randn(shape) for shape in case.inputs])
     axes, tried = try_permutations(program)
-    static = [f for f in changing(axes) if isinstance(f.size, int)]
+    static = [f for f in row_factors(axes) if isinstance(f.size, int)]
     assert sorted(f.size for f in static if free(f)) == sorted(case.free)
     for size, kinds in case.pinned.items():
         found = {kind for f in static if f.size == size for kind in f.pins if kind not in SOFT}
@@ -40,7 +40,7 @@ def test_a_part_that_starts_where_nobody_knows_is_pinned() -> None:
         [{0: torch.export.Dim("rows", min=3, max=30)}],
     )
     axes = analyse(program)
-    (found,) = (f for f in changing(axes) if f.size == 40)
+    (found,) = (f for f in row_factors(axes) if f.size == 40)
     assert set(found.pins) == {Pin.ORDER}
 
 
@@ -76,7 +76,7 @@ def test_a_rule_of_somebody_elses_op(monkeypatch: pytest.MonkeyPatch) -> None:
             lambda w, x: F.linear(torch.ops.axes_test.scaled(F.linear(x, w.a), w.s), w.c),
             [torch.randn(5, 8)],
         )
-        pins = [set(f.pins) for f in changing(analyse(program)) if f.size == 12]
+        pins = [set(f.pins) for f in row_factors(analyse(program)) if f.size == 12]
         assert pins == [{Pin.OPAQUE}] * 3
 
         def scaled(call: Any) -> Any:
@@ -86,5 +86,5 @@ def test_a_rule_of_somebody_elses_op(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setitem(rule.rules, "axes_test.scaled", scaled)
         axes, tried = try_permutations(program)
-        assert [f.size for f in changing(axes) if free(f)] == [12]
+        assert [f.size for f in row_factors(axes) if free(f)] == [12]
         assert all(trial.moved < 1e-10 and not trial.void for trial in tried)

@@ -13,8 +13,8 @@ from torch import fx, nn
 
 from helpers import sampled
 from laconic.ir.axes import analyse, factors
-from laconic.ir.axes.call import flat
 from laconic.ir.axes.dims import Dim, Factor, parts_of, resolve
+from laconic.ir.axes.labels import flat
 from laconic.ir.capture import capture_module
 from laconic.ir.program import Program
 from laconic.ir.types import TensorType, TupleType, type_of

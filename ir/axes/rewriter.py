@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from laconic.ir.axes.call import flat
 from laconic.ir.axes.dims import SOFT, Factor, Why, factors, size_of
-from laconic.ir.axes.labels import Axes, Literal
+from laconic.ir.axes.labels import Axes, Literal, flat
 from laconic.ir.axes.positions import Kept, new_size, old_positions, row_moves, touches
 from laconic.ir.errors import UsageError, VerificationError
 from laconic.ir.moves import RowMoves, moved, moved_alias
@@ -43,8 +42,9 @@ def refusals(factor: Factor, positions: Sequence[int], *, soft: bool = False) ->
     return [(kind, why) for kind, why in factor.pins.items() if not (kind in SOFT and (permutes or soft))]
 
 
-def rewrite(axes: Axes, kept: Kept, *, by: str, soft: bool = False) -> Program:
-    """A program in which each of these factors holds these old positions, in this order; by pass `by`.
+def rewrite(axes: Axes, kept: Kept, *, by: str, soft: bool = False, into: Program | None = None) -> Program:
+    """A program in which each of these factors holds these old positions, in this order; by pass `by`. It is a copy of
+    the axes' own, or `into`, which is one already.
 
     Raises UsageError with every reason if a factor may not; VerificationError if the result is not as the labels say.
     """
@@ -55,7 +55,7 @@ def rewrite(axes: Axes, kept: Kept, *, by: str, soft: bool = False) -> Program:
     ]
     if reasons:
         raise UsageError("these axes may not be rewritten so", why="\n".join(reasons))
-    return _Rewrite(axes, kept, by).program()
+    return _Rewrite(axes, kept, by, into or axes.program.clone()).program()
 
 
 def _at(program: Program, why: Why) -> str:
@@ -65,9 +65,8 @@ def _at(program: Program, why: Why) -> str:
 class _Rewrite:
     """A request on its way through a program. What is changed is a copy; labels are those of the original."""
 
-    def __init__(self, axes: Axes, kept: Kept, by: str) -> None:
-        self.axes, self.kept, self.by = axes, kept, by
-        self.result = axes.program.clone()
+    def __init__(self, axes: Axes, kept: Kept, by: str, result: Program) -> None:
+        self.axes, self.kept, self.by, self.result = axes, kept, by, result
         self.rows = {name: entry.weight_nodes() for name, entry in self.result.entries.items()}
         #: The aranges whose values are used as numbers, of an axis that changes.
         self.origins = {n for n in axes.counted if any(touches(d, kept) for d in flat(axes.labels[n])[0])}
@@ -128,8 +127,7 @@ class _Rewrite:
         node.meta["by"] = self.by
 
     def _number(self, node: fx.Node, size: Size) -> Any:
-        entry = next(entry for entry in self.result.entries.values() if entry.graph is node.graph)
-        return spell_size(self.result, entry, node, size, by=self.by)
+        return spell_size(self.result, self.result.entry_of(node), node, size, by=self.by)
 
     def _resplits(self) -> None:
         for found in self.axes.resplits:
@@ -197,7 +195,7 @@ def _put(node: fx.Node, place: tuple[Any, ...], value: Any) -> None:
     node.args, node.kwargs = tuple(args), kwargs
 
 
-def changing(axes: Axes) -> Iterator[Factor]:
+def row_factors(axes: Axes) -> Iterator[Factor]:
     """The factors that stand in some row of the weight table, each once, in the order of the table."""
     seen: set[Factor] = set()
     for label in axes.rows.values():

@@ -1,0 +1,66 @@
+"""Capture of a causal model of transformers for generation: `prefill` takes a prompt, `decode` one token more, and both
+keep keys and values in states.
+
+`attention_mask` has a column for each place of the cache: 1 where there is a token that may be attended to. Prompts of
+different length are padded on the left.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import nn
+from torch.export import Dim
+
+from laconic.ir.capture import capture_module
+from laconic.ir.hf_static import WithStaticCaches
+from laconic.ir.past import DECODE, PREFILL, example
+from laconic.ir.program import Program
+
+
+class WithCache(WithStaticCaches):
+    """A causal model with its caches as buffers: the logits of the last position."""
+
+    def __init__(self, model: nn.Module, batch: int, length: int) -> None:
+        super().__init__(model)
+        self.cache = self.add_cache(batch, length)
+        takes = inspect.signature(model.forward).parameters
+        self._last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self._positions = "position_ids" in takes
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        cache_position: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        self.hold(self.cache, cache_position[0])
+        placed = {"position_ids": position_ids} if self._positions else {}
+        found = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            **placed,
+            **self._last,
+        )
+        return {"logits": found.logits[:, -1:]}
+
+
+def capture_causal(model: nn.Module, *, batch: int, length: int) -> dict[str, Program]:
+    """The entries that generate, each captured by itself."""
+    cached = WithCache(model, batch, length).eval()
+    tokens = Dim("tokens", min=2, max=length - 1)
+    dynamic = {
+        "input_ids": {1: tokens},
+        "attention_mask": None,
+        "position_ids": {1: tokens},
+        "cache_position": {0: tokens},
+    }
+    prompt = min(5, length - 1)
+    return {
+        PREFILL: capture_module(cached, (), example(batch, length, prompt, 0), dynamic, check=False),
+        DECODE: capture_module(cached, (), example(batch, length, 1, prompt), None, check=False),
+    }
