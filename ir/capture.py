@@ -66,7 +66,7 @@ def capture_module(
     _refuse_tensors(module, args, kwargs)
     _refuse_nonfinite(module)
     args, kwargs = _unshared(args, kwargs)
-    with _inference(module) as state:
+    with inference(module) as state:
         progress("tracing")
         exported = _export(module, args, kwargs, dynamic_shapes)
         progress("building the program")
@@ -100,7 +100,7 @@ def capture_exported(
         module = exported_module(exported)
     _refuse_tensors(module, args, kwargs)
     _refuse_nonfinite(module)
-    with _inference(module) as state:
+    with inference(module) as state:
         progress("building the program")
         with _unsupported("the exported program cannot be made functional"), torch_silenced(), dead_draws_kept():
             functional = exported.run_decompositions({})
@@ -130,7 +130,7 @@ def _unsupported(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def _inference(module: nn.Module) -> Iterator[ModuleState]:
+def inference(module: nn.Module) -> Iterator[ModuleState]:
     """Eval mode without gradients and native attention. The module, each submodule's mode included, and the CPU's
     random generator are put back afterwards."""
     training = [m for m in module.modules() if m.training]

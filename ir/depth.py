@@ -3,13 +3,14 @@
     %a = add(%x, attention(norm(%x)))         block 2 skipped: who read %b reads %x;
     %b = add(%a, mlp(norm(%a)))               block 2 like 1: it reads block 1's rows
 
-A branch stands at one place of a residual stream, the same in every entry that says the stream: that it reads the same
-rows of the weight table everywhere is what shows it. What nobody reads any more goes: calls, rows, and the states that
-only a skipped branch kept, with their updates.
+A branch stands at one place of a residual stream, the same in every entry that has the stream: that its branches read
+the same rows of the weight table is what shows it. (Where keys of a source are cached, one entry reads fewer.) What
+nobody reads any more goes: calls, rows, and the states that only a skipped branch kept, with their updates.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from laconic.ir.errors import UsageError
 from laconic.ir.program import Alias, Entry, Kind, Program, Role
 from laconic.ir.propagate import propagate
 from laconic.ir.rewrite import dead_nodes, drop_weight, drop_weights, used_rows, weight_node
-from laconic.ir.structure import Branch, BranchKind, EntryStructure, find_structure
+from laconic.ir.structure import Branch, BranchKind, Stream, find_structure
 from laconic.ir.types import TensorType, same_size, type_of
 
 
@@ -47,48 +48,98 @@ class Block:
         return frozenset().union(*(unit.rows for unit in self.units))
 
 
+@dataclass
+class _Stream:
+    """A residual stream: its number in each entry that has it, and the kinds of its branches with the rows that they
+    read, but for states."""
+
+    homes: dict[str, int]
+    kinds: list[BranchKind]
+    reads: list[frozenset[str]]
+
+    def is_also(self, other: _Stream) -> bool:
+        """Whether another entry's stream is this one: branch by branch, one reads all that the other does."""
+        pairs = zip(self.reads, other.reads, strict=False)
+        return self.kinds == other.kinds and all(a <= b or b <= a for a, b in pairs)
+
+
 class Depth:
     """The branches and blocks of a Program, which must not change while this is in use.
 
-    `units` are those that every entry with a residual stream says alike; `blocks` those of runs in the first entry.
-    Raises UsageError if entries say different streams.
+    `units` are those of all streams of all entries, a stream that several entries have once; `blocks` those of runs in
+    the first entry that has the stream. Raises UsageError if entries have streams that are alike in part only.
     """
 
     def __init__(self, program: Program) -> None:
         self.program = program
         self.structures = {name: found for name, found in find_structure(program).items() if found.streams}
         self._rows = {name: _read_rows(entry) for name, entry in program.entries.items()}
-        listed = {name: list(self._units(name, found)) for name, found in self.structures.items()}
-        first = next(iter(listed), None)
-        self.units: list[Unit] = listed[first] if first else []
-        for name, units in listed.items():
-            if [_weights(program, unit) for unit in units] != [_weights(program, unit) for unit in self.units]:
+        self._streams: list[_Stream] = []
+        for name, found in self.structures.items():
+            for s, stream in enumerate(found.streams):
+                self._add(name, s, stream)
+        self.units = list(self._units())
+        self._runs = [
+            (name, run)
+            for name, found in self.structures.items()
+            for run in found.runs
+            if next(iter(self._streams[self._number(name, run.stream)].homes)) == name
+        ]
+        self.blocks = list(self._blocks())
+
+    def _add(self, name: str, s: int, stream: Stream) -> None:
+        """Take in stream `s` of an entry: one that is known from others, or a new one."""
+        own = _Stream({name: s}, [b.kind for b in stream.branches], [self._reads(name, b) for b in stream.branches])
+        others = [known for known in self._streams if name not in known.homes]
+        for known in others:
+            if known.is_also(own):
+                known.homes[name] = s
+                known.reads = [a | b for a, b in zip(known.reads, own.reads, strict=True)]
+                return
+        for known in others:
+            if frozenset().union(*known.reads) & frozenset().union(*own.reads):
                 raise UsageError(
-                    f"the entries {first!r} and {name!r} have other branches",
-                    why=f"{len(self.units)} and {len(units)}, or with other weights",
+                    f"the entries {next(iter(known.homes))!r} and {name!r} have other branches",
+                    why=f"{len(known.reads)} and {len(own.reads)}, or with other weights",
                     hint="capture all entries of the same model",
                 )
-        states = [frozenset().union(*(units[k].rows for units in listed.values())) for k in range(len(self.units))]
-        self.units = [Unit(u.stream, u.place, u.kind, rows) for u, rows in zip(self.units, states, strict=True)]
-        self.blocks = list(self._blocks(self.structures[first])) if first else []
+        self._streams.append(own)
 
-    def _units(self, name: str, found: EntryStructure) -> Iterator[Unit]:
-        """The branches of an entry with the rows that each reads and no other does."""
-        readers: dict[str, set[tuple[int, int]]] = {}
-        branches = [(s, k, b) for s, stream in enumerate(found.streams) for k, b in enumerate(stream.branches)]
-        for s, k, branch in branches:
-            for row in _rows_of(branch, self._rows[name]):
-                readers.setdefault(row, set()).add((s, k))
-        for s, k, branch in branches:
-            own = (row for row in _rows_of(branch, self._rows[name]) if readers[row] == {(s, k)})
-            yield Unit(s, k, branch.kind, frozenset(own))
+    def _reads(self, name: str, branch: Branch) -> frozenset[str]:
+        """The rows that a branch of an entry reads, but for states."""
+        rows = _rows_of(branch, self._rows[name])
+        return frozenset(row for row in rows if self.program.weights[row].kind is not Kind.STATE)
 
-    def _blocks(self, found: EntryStructure) -> Iterator[Block]:
+    def _number(self, name: str, s: int) -> int:
+        """Which of all streams an entry's stream is."""
+        return next(k for k, stream in enumerate(self._streams) if stream.homes.get(name) == s)
+
+    def branches(self, stream: int, place: int) -> dict[str, Branch]:
+        """The branch at a place of a stream in each entry that has it."""
+        homes = self._streams[stream].homes
+        return {name: self.structures[name].streams[s].branches[place] for name, s in homes.items()}
+
+    def _units(self) -> Iterator[Unit]:
+        """The branches of all streams with the rows, states among them, that each reads and no other does."""
+        read: dict[tuple[int, int], set[str]] = {}
+        readers: Counter[str] = Counter()
+        for number, stream in enumerate(self._streams):
+            for place in range(len(stream.kinds)):
+                found = self.branches(number, place)
+                rows = {row for name, branch in found.items() for row in _rows_of(branch, self._rows[name])}
+                read[number, place] = rows
+                readers.update(rows)
+        for (number, place), rows in read.items():
+            own = frozenset(row for row in rows if readers[row] == 1)
+            yield Unit(number, place, self._streams[number].kinds[place], own)
+
+    def _blocks(self) -> Iterator[Block]:
         at = {(unit.stream, unit.place): unit for unit in self.units}
-        for number, run in enumerate(found.runs):
+        for number, (name, run) in enumerate(self._runs):
+            stream = self._number(name, run.stream)
             for k in range(run.count):
                 first = run.first + k * run.period
-                yield Block(number, k, tuple(at[run.stream, first + j] for j in range(run.period)))
+                yield Block(number, k, tuple(at[stream, first + j] for j in range(run.period)))
 
     def skip(self, units: Iterable[Unit]) -> Program:
         """A Program without these branches: each adds nothing to its stream. What stands behind the addition (the norm
@@ -113,12 +164,14 @@ class Depth:
         made = self.program.clone()
         gone = self._states_only_of(chosen)
         used = used_rows(self.program)
-        for name, found in self.structures.items():
+        for name in self.structures:
             entry = made.entries[name]
             nodes = {node.name: node for node in entry.graph.nodes}
             dead = set(map(str, dead_nodes(entry)))
             for stream, place in sorted(chosen, reverse=True):  # what a later one leads to may go too
-                branch = found.streams[stream].branches[place]
+                branch = self.branches(stream, place).get(name)
+                if branch is None:
+                    continue
                 _refuse_exits(self.program, self.program.entries[name], branch, gone)
                 old, new = (nodes[node.name] for node in ends(branch))
                 _held_alike(old, new)
@@ -137,19 +190,33 @@ class Depth:
 
     def _states_only_of(self, chosen: Collection[tuple[int, int]]) -> list[str]:
         """The states that these branches alone read and update, in every entry."""
-        rows = {row for unit in self.units if (unit.stream, unit.place) in chosen for row in unit.rows}
-        states = [row for row in rows if self.program.weights[row].kind is Kind.STATE]
-        held: list[str] = []
-        for state in sorted(states):
-            users: set[tuple[str, fx.Node]] = set()
-            inside: set[tuple[str, fx.Node]] = set()
-            for name, found in self.structures.items():
-                node = self.program.entries[name].weight_nodes().get(state)
-                users |= {(name, user) for user in (node.users if node is not None else ())}
-                inside |= {(name, n) for s, k in chosen for n in found.streams[s].branches[k].nodes}
-            if users <= inside:
-                held.append(state)
-        return held
+        units = [unit for unit in self.units if (unit.stream, unit.place) in chosen]
+        inside = {name: self._inside(name, units) for name in self.program.entries}
+        states = [row for unit in units for row in unit.rows if self.program.weights[row].kind is Kind.STATE]
+        rows = {name: entry.weight_nodes() for name, entry in self.program.entries.items()}
+        return [
+            state
+            for state in sorted(states)
+            if all(inside[name].issuperset(rows[name][state].users) for name in rows if state in rows[name])
+        ]
+
+    def _inside(self, name: str, units: Collection[Unit]) -> set[fx.Node]:
+        """The calls of an entry that serve these branches alone: their own, and those that lead only to them or to the
+        states that they alone read, as a source's keys, which are cached before any branch reads them."""
+        entry = self.program.entries[name]
+        states = {row for unit in units for row in unit.rows if self.program.weights[row].kind is Kind.STATE}
+        other = {
+            value
+            for output, value in zip(entry.outputs, entry.output_values, strict=True)
+            if output.role is not Role.UPDATE or output.name not in states
+        }
+        branches = [self.branches(unit.stream, unit.place).get(name) for unit in units]
+        found = {node for branch in branches if branch is not None for node in branch.nodes}
+        for node in reversed(entry.graph.nodes):
+            serves = node.op == "call_function" and node.users and node not in other
+            if serves and all(user in found or user.op == "output" for user in node.users):
+                found.add(node)
+        return found
 
     def repoint(self, block: Block, donor: Block, keep: Collection[str] = ()) -> Program:
         """A Program in which one block reads another's rows, but for states and the rows to `keep`. Names of rows that
@@ -164,9 +231,9 @@ class Depth:
             )
         pairs = self._pairs(block, donor, keep)
         made, used = self.program.clone(), used_rows(self.program)
-        for name, found in self.structures.items():
+        for name in self.structures:
             entry = made.entries[name]
-            inside = {n.name for unit in block.units for n in found.streams[unit.stream].branches[unit.place].nodes}
+            inside = {node.name for node in self._inside(name, block.units)}
             rows = entry.weight_nodes()
             for row, other in pairs.items():
                 if row not in rows:
@@ -180,8 +247,7 @@ class Depth:
 
     def _pairs(self, block: Block, donor: Block, keep: Collection[str]) -> dict[str, str]:
         """The rows of a block, each with the donor's in its place, slot by slot of the run that has both."""
-        found = next(iter(self.structures.values()))
-        run = found.runs[block.run]
+        _, run = self._runs[block.run]
         pairs: dict[str, str] = {}
         for slot in range(len(run.repeat.slots)):
             own, other = run.bound(slot, block.number), run.bound(slot, donor.number)
@@ -199,11 +265,6 @@ def _read_rows(entry: Entry) -> Mapping[fx.Node, str]:
 
 def _rows_of(branch: Branch, rows: Mapping[fx.Node, str]) -> set[str]:
     return {rows[operand] for node in branch.nodes for operand in node.all_input_nodes if operand in rows}
-
-
-def _weights(program: Program, unit: Unit) -> tuple[int, int, frozenset[str]]:
-    """What two entries must agree in: where a branch stands, and its rows but for states."""
-    return unit.stream, unit.place, frozenset(r for r in unit.rows if program.weights[r].kind is not Kind.STATE)
 
 
 def _refuse_exits(program: Program, entry: Entry, branch: Branch, gone: Collection[str]) -> None:

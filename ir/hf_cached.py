@@ -2,50 +2,103 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 from torch import nn
 
+from laconic.ir.capture import inference
 from laconic.ir.entries import combine
 from laconic.ir.errors import UnsupportedError, UsageError
+from laconic.ir.hf_agreement import refuse_disagreement
 from laconic.ir.hf_causal import capture_causal
 from laconic.ir.hf_seq2seq import capture_both
+from laconic.ir.hf_towers import capture_towers, image_token
+from laconic.ir.past import PAST
 from laconic.ir.program import Program
 
 
 def capture_cached(model: nn.Module, forward: Program, *, batch: int, length: int) -> Program:
     """The Program `forward` of a model of transformers, with entries that generate, and caches for so many sequences of
     so many tokens: `prefill` of prompts of 2 tokens to all but one, and `decode` of one; of an encoder with a decoder,
-    `encode` of a source of as many tokens, and `decode`.
+    `encode` of a source of as many tokens, and `decode`; where images stand among tokens, `vision` too.
 
-    Raises UsageError for sizes that hold nothing, UnsupportedError for a model whose cache is not of this kind.
+    Raises UsageError for sizes that hold nothing, UnsupportedError for a model whose cache is not of this kind, or
+    whose logits are not those of the entries.
     """
     if batch < 1 or length < 3:
         raise UsageError(
             f"a cache of {batch} sequences of {length} tokens", hint="at least one sequence of three tokens"
         )
+    examples = _examples(forward)
+    with inference(model):
+        entries, facts = _entries(model, examples, batch, length)
+        made = combine({"forward": forward, **entries})
+        made.facts["cache"] = facts
+        refuse_disagreement(model, made, examples)
+    return made
+
+
+def with_entries(
+    model: nn.Module, program: Program, *, cache: tuple[int, int] | None = None, towers: bool = False
+) -> Program:
+    """The Program `program` of a model with the entries that are asked for: those that generate, with a cache of so
+    many sequences and tokens, or those of its two sides.
+
+    Raises UsageError if both are, and what `capture_cached` and `capture_pair` raise.
+    """
+    if cache is not None and towers:
+        raise UsageError("either a cache or towers", why="with a cache, a model that sees has the entry 'vision' too")
+    if cache is not None:
+        return capture_cached(model, program, batch=cache[0], length=cache[1])
+    return capture_pair(model, program) if towers else program
+
+
+def capture_pair(model: nn.Module, forward: Program) -> Program:
+    """The Program `forward` of a model of transformers, with the entries `vision` and `text` for its two sides, at the
+    sizes of its example.
+
+    Raises UnsupportedError for a model without such sides.
+    """
+    with inference(model):
+        return combine({"forward": forward, **capture_towers(model, _examples(forward))})
+
+
+def _examples(forward: Program) -> dict[str, torch.Tensor]:
+    """The first example of a Program, by name of input."""
+    entry = forward.forward
+    given = forward.examples[0] if forward.examples else ()
+    return {declared.name: value for declared, value in zip(entry.inputs, given, strict=False)}
+
+
+def _entries(
+    model: nn.Module, examples: Mapping[str, torch.Tensor], batch: int, length: int
+) -> tuple[dict[str, Program], dict[str, int]]:
+    """The entries that generate, each captured by itself, and what is to be known of their caches."""
     facts = {"batch": batch, "length": length}
     try:
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             entries, facts["source"] = capture_both(model, batch=batch, source=length, length=length), length
         else:
-            entries = capture_causal(model, batch=batch, length=length)
+            entries = capture_causal(model, examples, batch=batch, length=length)
+            token = image_token(model)
+            facts |= {} if token is None else {"image_token": token}
     except (AttributeError, TypeError, ImportError, StopIteration) as problem:
-        raise UnsupportedError(
-            f"{type(model).__name__} cannot be captured with a cache",
-            why=str(problem).splitlines()[0],
-            hint="models of transformers with attention in every layer can",
-        ) from problem
+        raise _not_cached(model, str(problem).splitlines()[0]) from problem
     for name, program in entries.items():
         states = {f"{part}_cache_{k}" for part in ("key", "value") for k in range(_layers(program))}
         missing = states - program.forward.updated()
-        if missing or not states:
-            raise UnsupportedError(
-                f"{type(model).__name__} cannot be captured with a cache",
-                why=f"{name} does not write into {', '.join(sorted(missing)[:4]) or 'any'}",
-                hint="models of transformers with attention in every layer can",
-            )
-    made = combine({"forward": forward, **entries})
-    made.facts["cache"] = facts
-    return made
+        if name in PAST and (missing or not states):
+            raise _not_cached(model, f"{name} does not write into {', '.join(sorted(missing)[:4]) or 'any'}")
+    return entries, facts
+
+
+def _not_cached(model: nn.Module, why: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{type(model).__name__} cannot be captured with a cache",
+        why=why,
+        hint="models of transformers with attention in every layer can",
+    )
 
 
 def _layers(program: Program) -> int:

@@ -60,11 +60,13 @@ class WithBothCaches(WithStaticCaches):
 
 def capture_both(model: nn.Module, *, batch: int, source: int, length: int) -> dict[str, Program]:
     """The entries that generate, each captured by itself."""
-    first = WithBothCaches(model, batch, source, length, first=True).eval()
-    later = WithBothCaches(model, batch, source, length, first=False).eval()
+    first = WithBothCaches(model, batch, source, length, first=True)
+    later = WithBothCaches(model, batch, source, length, first=False)
     ids = {"input_ids": (torch.arange(batch * source) % 29 + 2).reshape(batch, source)}
+    mask = torch.ones(batch, source, dtype=torch.long)
+    mask[0, -1] = 0  # the range that inputs are drawn from
     given = {
-        "attention_mask": torch.ones(batch, source, dtype=torch.long),
+        "attention_mask": mask,
         "decoder_input_ids": torch.full((batch, 1), 2),
         "cache_position": torch.tensor([0]),
     }

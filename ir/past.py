@@ -1,8 +1,8 @@
 """What a Program that generates promises: entries of these names, with these inputs, over caches of a size.
 
 `prefill` takes a prompt and `decode` one token more; where a source is read, `encode` takes it with the first token.
-`facts["cache"]` has the sequences (`batch`) and tokens (`length`) that the caches hold, and `source`, the tokens of a
-source.
+Where images stand among tokens, `vision` makes the features of them that `prefill` takes. `facts["cache"]` has the
+sequences (`batch`) and tokens (`length`) that the caches hold, `source`, the tokens of a source, and `image_token`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,12 @@ from laconic.ir.types import nbytes
 PREFILL, DECODE = "prefill", "decode"
 #: What stands for `prefill` where there is a source to read.
 ENCODE = "encode"
+#: The sides of a model with two towers.
+VISION, TEXT = "vision", "text"
+#: What `vision` takes, (images, channels, height, width), and makes: (images, features, width).
+PIXELS, FEATURES = "pixel_values", "image_features"
+#: The entries that keep caches.
+PAST = frozenset({PREFILL, ENCODE, DECODE})
 
 
 def refuse_without_past(program: Program, cannot: str) -> None:
@@ -27,6 +33,11 @@ def refuse_without_past(program: Program, cannot: str) -> None:
             why=f"its entries are {', '.join(program.entries)}",
             hint="capture or optimize it with cache=(batch, length), or --cache BATCHxLENGTH",
         )
+
+
+def generating(program: Program) -> list[str]:
+    """The entries that generate, in the order in which they run, `decode` last."""
+    return [name for name in (VISION, PREFILL, ENCODE, DECODE) if name in program.entries]
 
 
 def cache_size(program: Program) -> tuple[int, int]:

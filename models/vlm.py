@@ -104,6 +104,14 @@ class Joined(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self.config = model.config
+        self.get_decoder, self.get_input_embeddings = model.get_decoder, model.get_input_embeddings
+        self.get_output_embeddings = model.get_output_embeddings
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """What stands in place of the image's tokens, (batch, 196, width)."""
+        found: torch.Tensor = self.model.model.multi_modal_projector(tower_patches(self.model, pixel_values))
+        return found
 
     def forward(
         self, input_ids: torch.Tensor, pixel_values: torch.Tensor, attention_mask: torch.Tensor

@@ -294,7 +294,7 @@ CASES = [
     Case(
         "interleaved rotation",
         {"a": (12, 8), "s": (6,), "c": (4, 12)},
-        through(lambda w, h: torch.stack([h[:, ::2] * w.s, h[:, 1::2] / w.s], -1).flatten(1)),
+        through(lambda w, h: torch.stack([h[:, ::2] * w.s, h[:, 1::2] / (1 + w.s.abs())], -1).flatten(1)),
         (6,),
     ),
     Case(

@@ -120,10 +120,15 @@ class Session:
         self.inputs = [declared.name for declared in self.session.get_inputs()]
         self.outputs = [output.name for output in self.session.get_outputs()]
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The text by key that the model keeps."""
+        return dict(self.session.get_modelmeta().custom_metadata_map)
+
     def run(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The outputs by name, for inputs by name."""
         found = self.run_values(self.values(inputs))
-        return {name: _to_torch(value) for name, value in zip(self.outputs, found, strict=True)}
+        return {name: to_torch(value) for name, value in zip(self.outputs, found, strict=True)}
 
     def values(self, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Tensors as ONNX Runtime's own values."""
@@ -159,7 +164,8 @@ def _to_runtime(module: Any, tensor: torch.Tensor) -> Any:
     return module.OrtValue.ortvalue_from_numpy(tensor.numpy())
 
 
-def _to_torch(value: Any) -> torch.Tensor:
+def to_torch(value: Any) -> torch.Tensor:
+    """One of ONNX Runtime's own values as a tensor."""
     for dtype, (_, kind) in _BITS.items():
         if value.element_type() == kind:
             shape = list(value.shape())

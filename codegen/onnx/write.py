@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from laconic.ir.exported import flat_names
 from laconic.ir.files import place_file, refuse_existing, temporary_beside
 from laconic.ir.inputs import Case, cases, cases_again
 from laconic.ir.outcomes import Outcomes
-from laconic.ir.precise import Deviation, deviation, evaluate_precise, pooled
+from laconic.ir.precise import FACTOR, Deviation, deviation, evaluate_precise, pooled
 from laconic.ir.program import Program, Role
 from laconic.ir.run import Outcome
 from laconic.ir.torch_private import oldest_onnx_opset
@@ -71,12 +71,13 @@ def write_onnx(
     functions: bool = False,
     force: bool = False,
     drawn: int = DRAWN,
-    beside: Program | None = None,
+    factor: float = FACTOR,
+    metadata: Mapping[str, str] | None = None,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> OnnxReport:
     """Write the entry `forward` as an .onnx file, checked in ONNX Runtime on the examples and on so many `drawn` inputs
-    of several sizes. What the outputs' own errors are is asked of the examples of `beside` too, a program that computes
-    the same of more.
+    of several sizes, to so many times (`factor`) the program's own error. `metadata` is text by key, which the model
+    keeps.
 
     `opset` is a standard opset version; by default the newest that torch's exporter and ONNX Runtime share. With
     `functions`, repeated blocks are written once, as ONNX local functions of the domain "laconic".
@@ -100,6 +101,7 @@ def write_onnx(
     if functions:
         progress("outlining")
         outline(model)
+    model.metadata_props.update(metadata or {})
     nodes, counted = list(model.graph.all_nodes()), count(model)
     sources = {str(node.name): node.metadata_props.get("source", "") for node in nodes}
     with temporary_beside(final) as folder:
@@ -109,7 +111,7 @@ def write_onnx(
         data = _save(model, draft)
         progress("checking")
         _check_model(draft)
-        deviations = _compare(program, Session(draft, sources), drawn, beside)
+        deviations = _compare(program, Session(draft, sources), drawn, factor)
         size = draft.stat().st_size + (data.stat().st_size if data else 0)
         progress("placing")
         placed = _place(draft, data, final, force)
@@ -186,16 +188,16 @@ def _check_model(path: Path) -> None:
         ) from problem
 
 
-def _compare(program: Program, session: Session, drawn: int, beside: Program | None) -> list[list[Deviation]]:
+def _compare(program: Program, session: Session, drawn: int, factor: float) -> list[list[Deviation]]:
     """Hold each output to the rule, on several inputs, by output and case. Raises VerificationError with the first that
     breaks it.
 
     Where the rule is broken on the usual cases, all is judged once more, and for good, on those of `cases_again`.
     """
     usual = cases(program, program.forward, drawn)
-    held = _deviations(program, session, usual, beside)
+    held = _deviations(program, session, usual, factor)
     if drawn and not all(row.ok for _, row, _ in held):
-        held = _deviations(program, session, cases_again(program, usual))
+        held = _deviations(program, session, cases_again(program, usual), factor)
     for case, row, dtype in held:
         _judge(row, case, dtype)
     by_case: dict[int, list[Deviation]] = {}
@@ -205,11 +207,10 @@ def _compare(program: Program, session: Session, drawn: int, beside: Program | N
 
 
 def _deviations(
-    program: Program, session: Session, given: list[Case], beside: Program | None = None
+    program: Program, session: Session, given: list[Case], factor: float
 ) -> list[tuple[Case, Deviation, torch.dtype]]:
-    """Each output on each case, with what is allowed pooled over the cases, and over those of `beside`."""
+    """Each output on each case, with what is allowed pooled over the cases."""
     entry = program.forward
-    others = {} if beside is None else _own_errors(beside)
     _, outputs = flat_names(program)
     families: dict[str, list[tuple[Case, Deviation, torch.dtype]]] = {name: [] for name in outputs}
     for case, wanted in Outcomes.of(program, given):
@@ -219,26 +220,14 @@ def _deviations(
         precise = _by_name(program, evaluate_precise(program, entry, case.clone()))
         original = _by_name(program, wanted)
         for name, value in zip(outputs, found.values(), strict=True):
-            row = deviation(name, original[name], value, precise[name])
+            row = deviation(name, original[name], value, precise[name], factor=factor)
             families[name].append((case, row, original[name].dtype))
             log.debug("%s on %s: difference %.2g", name, case, row.max_abs)
     return [
         (case, row, dtype)
         for name, family in families.items()
-        for (case, _, dtype), row in zip(
-            family, pooled([*(row for _, row, _ in family), *others.get(name, ())])[: len(family)], strict=True
-        )
+        for (case, _, dtype), row in zip(family, pooled([row for _, row, _ in family], factor=factor), strict=True)
     ]
-
-
-def _own_errors(program: Program) -> dict[str, list[Deviation]]:
-    """The errors of a program's own outputs on its examples, by name."""
-    found: dict[str, list[Deviation]] = {}
-    for case, outcome in Outcomes.of(program, cases(program, program.forward, 0)):
-        precise = _by_name(program, evaluate_precise(program, program.forward, case.clone()))
-        for name, value in _by_name(program, outcome).items():
-            found.setdefault(name, []).append(deviation(name, value, value, precise[name]))
-    return found
 
 
 def _judge(row: Deviation, case: Case, dtype: torch.dtype) -> None:

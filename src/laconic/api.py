@@ -12,17 +12,16 @@ from torch import nn
 
 from laconic import artefact, sources
 from laconic.codegen.onnx import OnnxReport, write_onnx
-from laconic.codegen.onnx.past import write_past
+from laconic.codegen.onnx.entries import write_past, write_towers
 from laconic.codegen.pt2 import write_pt2
 from laconic.data.load import load_data
 from laconic.figures import Judge
 from laconic.ir.capture import capture_module
 from laconic.ir.data import Data
 from laconic.ir.errors import UsageError
-from laconic.ir.hf_cached import capture_cached
+from laconic.ir.hf_cached import with_entries
 from laconic.ir.inputs import Case, cases
 from laconic.ir.metrics.registry import load as load_metric
-from laconic.ir.past import DECODE
 from laconic.ir.program import Program
 from laconic.ir.run import check_inputs, flatten_arguments
 from laconic.ir.types import type_of
@@ -73,6 +72,7 @@ def capture(
     *args: Any,
     dynamic_shapes: Any = None,
     cache: tuple[int, int] | None = None,
+    towers: bool = False,
     **kwargs: Any,
 ) -> Program:
     """Capture a model as called with these example inputs, in eval mode without gradients.
@@ -81,17 +81,17 @@ def capture(
     torch.export's, by argument name: `{"x": {0: torch.export.Dim("batch")}}`, None for what is no tensor. The model is
     left as it was; weights are shared, states copied.
 
-    With `cache`, sequences and tokens, a causal model of transformers can generate: it gets entries for a prompt and
-    for one token more, with caches of that size.
+    With `cache`, sequences and tokens, a model of transformers that continues text can generate: it gets entries for a
+    prompt (or source) and for one token more, with caches of that size. With `towers`, a model that sees and reads gets
+    the entries `vision` and `text` for its two sides.
 
     Raises UnsupportedError with the user's source line if the model cannot be captured.
     """
     if isinstance(model, nn.Module):
-        program = capture_module(model, args, kwargs, dynamic_shapes)
-        return program if cache is None else capture_cached(model, program, batch=cache[0], length=cache[1])
+        return with_entries(model, capture_module(model, args, kwargs, dynamic_shapes), cache=cache, towers=towers)
     if args or kwargs or dynamic_shapes is not None:
         raise UsageError(f"{model} brings its own example inputs", hint="capture(path) takes no others")
-    return sources.program_of(str(model), cache=cache)
+    return sources.program_of(str(model), cache=cache, towers=towers)
 
 
 def optimize(
@@ -107,6 +107,7 @@ def optimize(
     metric: str | Sequence[str] = "kl",
     calibration: Data | str | Path | None = None,
     cache: tuple[int, int] | None = None,
+    towers: bool = False,
 ) -> Result:
     """Run a pipeline on a model and prove at each step what it cost. Never changes `model`.
 
@@ -116,7 +117,7 @@ def optimize(
 
     `pipeline` is a text such as "dedup,cse", or a sequence of passes and such texts.
 
-    With `cache`, sequences and tokens, the result can `generate`, if `model` is a causal model of transformers.
+    `cache` and `towers` are those of `capture`: with a cache, the result can `generate`.
 
     With `data` (`laconic.ir.data.Data`, or what the command line calls DATA) the ledger tells each `metric` after each
     pass. `calibration` is what passes decide on: data that overlaps it is refused.
@@ -130,14 +131,14 @@ def optimize(
         if not given:
             raise UsageError("a module needs example inputs", hint="optimize(model, inputs=(x,)) or inputs={'name': x}")
         args, kwargs = (given[0], {}) if isinstance(given[0], tuple) else ((), given[0])
-        program = capture(model, *args, dynamic_shapes=dynamic_shapes, cache=cache, **kwargs)
+        program = capture(model, *args, dynamic_shapes=dynamic_shapes, cache=cache, towers=towers, **kwargs)
         folder, given = None, given[1:]
     elif isinstance(model, Program):
-        if cache is not None:
-            raise UsageError("a Program is captured already", hint="give its cache to laconic.capture")
+        if cache is not None or towers:
+            raise UsageError("a Program is captured already", hint="give its cache and towers to laconic.capture")
         program, folder = model, None
     else:
-        program, folder = sources.opened(str(model), cache=cache)
+        program, folder = sources.opened(str(model), cache=cache, towers=towers)
     chosen = cases(program, program.forward) + [_case(program, g) for g in given]
     judge: Callable[[Program], Mapping[str, float]] = no_metrics
     if data is not None:
@@ -184,17 +185,19 @@ def export_onnx(
     opset: int | None = None,
     functions: bool = False,
     with_past: bool = False,
+    towers: bool = False,
     force: bool = False,
 ) -> OnnxReport:
     """Write an ONNX file with the program's names, dtypes and dynamic axes, checked in ONNX Runtime before it is put in
     place. With `functions`, repeated blocks are written once, as local functions. With `with_past`, of a program that
     was captured with a cache, `F.prefill.onnx` and `F.decode.onnx` are written instead, caches as inputs and outputs;
-    the report is that of `decode`.
+    with `towers`, `F.vision.onnx` and `F.text.onnx`. The report is then that of the last of them.
 
     Raises UnsupportedError for what ONNX cannot say, MissingDependencyError without ONNX Runtime.
     """
-    if with_past:
-        return write_past(program, Path(path), opset=opset, functions=functions, force=force)[DECODE]
+    if with_past or towers:
+        write = write_past if with_past else write_towers
+        return list(write(program, Path(path), opset=opset, functions=functions, force=force).values())[-1]
     return write_onnx(program, Path(path), opset=opset, functions=functions, force=force)
 
 

@@ -19,7 +19,8 @@ from laconic.artefact import LEDGER, RECIPE, load_program, read_recipe
 from laconic.ir.capture import capture_module
 from laconic.ir.errors import FixedAxisError, LaconicError, UnsupportedError, UsageError
 from laconic.ir.hf import load_folder
-from laconic.ir.hf_cached import capture_cached
+from laconic.ir.hf_cached import with_entries
+from laconic.ir.past import TEXT
 from laconic.ir.program import Program
 from laconic.ir.pt2 import read_pt2
 from laconic.ir.source_model import Source
@@ -138,29 +139,40 @@ def _bounded(shapes: dict[str, Any], kinds: dict[str, Any], program: Program) ->
     }
 
 
-def program_of(model: str, progress: Progress = lambda stage: None, *, cache: tuple[int, int] | None = None) -> Program:
+def program_of(
+    model: str,
+    progress: Progress = lambda stage: None,
+    *,
+    cache: tuple[int, int] | None = None,
+    towers: bool = False,
+) -> Program:
     """The Program that MODEL names, captured if need be."""
-    return opened(model, progress, cache=cache)[0]
+    return opened(model, progress, cache=cache, towers=towers)[0]
 
 
 def opened(
-    model: str, progress: Progress = lambda stage: None, *, cache: tuple[int, int] | None = None
+    model: str,
+    progress: Progress = lambda stage: None,
+    *,
+    cache: tuple[int, int] | None = None,
+    towers: bool = False,
 ) -> tuple[Program, Path | None]:
-    """The Program that MODEL names, and the folder where its tokenizer may stand; a saved DIR remembers it. With
-    `cache` (sequences, tokens) it can generate.
+    """The Program that MODEL names, and the folder where its tokenizer may stand; a saved DIR remembers it. `cache` and
+    `towers` are those of `laconic.capture`.
 
-    Raises UsageError for a cache beside a Program that was captured already.
+    Raises UsageError for either beside a Program that was captured already.
     """
     found = resolve(model, progress=progress)
     if isinstance(found, Program):
-        if cache is not None:
-            raise UsageError(f"{model} is captured already", hint="give a cache where the model itself is captured")
+        if cache is not None or (towers and TEXT not in found.entries):
+            raise UsageError(
+                f"{model} is captured already", hint="give a cache, or towers, where the model itself is captured"
+            )
         return found, _folder_of(Path(model))
     program = capture_source(found, progress)
-    if cache is not None:
-        progress("tracing prompt and next token")
-        program = capture_cached(found.module, program, batch=cache[0], length=cache[1])
-    return program, found.folder
+    if cache is not None or towers:
+        progress("tracing more entries")
+    return with_entries(found.module, program, cache=cache, towers=towers), found.folder
 
 
 def _folder_of(path: Path) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from laconic.generate.onnx import OnnxDecoder
 from laconic.ir.capture import capture_module
 from laconic.ir.entries import combine
 from laconic.ir.errors import UnsupportedError, UsageError
+from laconic.ir.hf_cached import capture_cached
 from laconic.ir.program import Kind
 from laconic.model import Model
 
@@ -395,5 +397,50 @@ def test_sources_of_different_length_are_answered_as_transformers_does(
         result.model.generate([list(range(30))])
     with pytest.raises(UsageError, match="40 new tokens need a cache of 40"):
         result.model.generate(PROMPTS, max_new_tokens=40)
-    with pytest.raises(UnsupportedError, match="not written as ONNX yet"):
-        laconic.export_onnx(result.program, tmp_path / "m.onnx", with_past=True)
+    laconic.export_onnx(result.program, tmp_path / "m.onnx", with_past=True)
+    assert {file.name for file in tmp_path.glob("*.onnx")} == {"m.encode.onnx", "m.decode.onnx"}
+    runtime = OnnxDecoder(tmp_path / "m.onnx")
+    answers = generate(runtime, PROMPTS, max_new_tokens=NEW, decoder_start_token_id=start, pad_token_id=pad)
+    assert torch.equal(answers, ours)
+    assert runtime.cache_bytes == result.model.decoding().cache_bytes
+
+
+# What a capture is held to
+
+
+def test_a_capture_leaves_the_model_as_it_was() -> None:
+    """A model in training stays in training; what is captured is in inference."""
+    torch.manual_seed(0)
+    module, inputs, axes = gpt2()
+    module.train()
+    inner: Any = module
+    inner.transformer.drop.eval()
+    laconic.capture(module, **inputs, dynamic_shapes=axes, cache=(1, 8))
+    assert module.training
+    assert inner.transformer.h[0].training
+    assert not inner.transformer.drop.training
+
+
+@pytest.mark.parametrize("wrong", ["positions", "mask"])
+def test_a_model_that_takes_caches_otherwise_is_refused(wrong: str) -> None:
+    """Logits of a padded prompt, and of one token more, that are not the model's own."""
+    torch.manual_seed(0)
+    module, inputs, _ = llama()
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.mul_(3)
+    forward = module.forward
+
+    @functools.wraps(forward)
+    def otherwise(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("past_key_values") is not None:
+            if wrong == "positions":
+                kwargs["position_ids"] = kwargs["position_ids"] * 2
+            else:
+                kwargs["attention_mask"] = torch.ones_like(kwargs["attention_mask"])
+        return forward(*args, **kwargs)
+
+    module.forward = otherwise  # type: ignore[method-assign]
+    program = capture_module(module.eval(), (), inputs, None)
+    with pytest.raises(UnsupportedError, match="away from the model's own"):
+        capture_cached(module, program, batch=2, length=8)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import laconic
-from architectures import bert, gpt2, llama, vit
+from architectures import bert, gpt2, llama, t5, vit
 from helpers import apart, bits
 from laconic.ir.capture import capture_module
 from laconic.ir.depth import Block, Depth
@@ -43,11 +43,14 @@ def program(request: pytest.FixtureRequest) -> Program:
     return capture_module(module.eval(), (), inputs, axes)
 
 
-@pytest.fixture(scope="module")
-def cached() -> Program:
-    """A decoder of three layers that generates."""
+@pytest.fixture(scope="module", params=["llama", "t5", *(n for n in ZOO if n != "zoo:vit")])
+def cached(request: pytest.FixtureRequest) -> Program:
+    """What generates: decoders of the zoo, one with images, and random ones of three layers."""
+    name: str = request.param
+    if name.startswith("zoo:"):
+        return program_of(name, cache=(2, 240) if name == "zoo:vlm" else (3, 16))
     torch.manual_seed(0)
-    module, inputs, axes = llama(3)
+    module, inputs, axes = {"llama": llama, "t5": t5}[name](3)
     for weight in module.parameters():
         torch.nn.init.normal_(weight, std=0.2)
     return laconic.capture(module.eval(), **inputs, dynamic_shapes=axes, cache=(3, 16))
@@ -154,34 +157,57 @@ def test_rows_may_be_kept(program: Program) -> None:
 # With caches
 
 
-def blocks_of(program: Program) -> list[Block]:
-    return Depth(program).blocks
+def blocks_with_caches(program: Program) -> list[Block]:
+    return [b for b in Depth(program).blocks if any(program.weights[row].kind is Kind.STATE for row in b.rows)]
 
 
 @pytest.mark.slow
 def test_caches_go_with_their_block(cached: Program) -> None:
-    planted = silent(cached, blocks_of(cached)[1].rows)
-    after = Depth(planted).skip_blocks([blocks_of(planted)[1]])
+    """In all entries that have it; what is left of the memory is as computed."""
+    block = blocks_with_caches(cached)[1]
+    states = {row for row in block.rows if cached.weights[row].kind is Kind.STATE}
+    planted = silent(cached, block.rows)
+    after = Depth(planted).skip_blocks([blocks_with_caches(planted)[1]])
     changed(planted, after)
-    states = {name for name, w in after.weights.items() if w.kind is Kind.STATE}
-    assert states == {f"{part}_cache_{k}" for part in ("key", "value") for k in (0, 2)}
+    assert {row for row in planted.weights if row not in after.weights} == block.rows
+    assert planted.weight_bytes() - after.weight_bytes() == size_of(planted, block.rows)
     before, now = Model(planted), Model(after)
-    assert now.decoding().cache_bytes * 3 == before.decoding().cache_bytes * 2
-    assert torch.equal(*(m.generate(PROMPTS, max_new_tokens=8) for m in (before, now)))
-    assert planted.weight_bytes() - after.weight_bytes() == size_of(planted, blocks_of(planted)[1].rows)
+    assert before.decoding().cache_bytes - now.decoding().cache_bytes == size_of(planted, states)
+    count = sum(weight.kind is Kind.STATE for weight in planted.weights.values())
+    assert len(states) * len(blocks_with_caches(planted)) == count
+    assert torch.equal(*(m.generate(PROMPTS[:2], max_new_tokens=8) for m in (before, now)))
 
 
 @pytest.mark.slow
 def test_a_shared_block_keeps_a_cache_of_its_own(cached: Program) -> None:
-    first, second, _ = blocks_of(cached)
-    planted = twin(cached, Depth(cached)._pairs(second, first, ()))
-    first, second, _ = blocks_of(planted)
+    pairs = Depth(cached)._pairs(*blocks_with_caches(cached)[1::-1], ())
+    planted = twin(cached, pairs)
+    first, second = blocks_with_caches(planted)[:2]
     after = Depth(planted).repoint(second, first)
     changed(planted, after)
     before, now = Model(planted), Model(after)
     assert now.decoding().cache_bytes == before.decoding().cache_bytes
-    assert torch.equal(*(m.generate(PROMPTS, max_new_tokens=8) for m in (before, now)))
-    assert not any(row in after.weights for row in second.rows if planted.weights[row].kind is not Kind.STATE)
+    assert torch.equal(*(m.generate(PROMPTS[:2], max_new_tokens=8) for m in (before, now)))
+    gone = {row for row in second.rows if planted.weights[row].kind is not Kind.STATE}
+    assert {row for row in planted.weights if row not in after.weights} == gone
+    assert planted.weight_bytes() - after.weight_bytes() == size_of(planted, gone)
+
+
+@pytest.mark.slow
+def test_a_tower_loses_a_block_in_all_entries_that_have_it(cached: Program) -> None:
+    """What reads no cache: a tower, or an encoder; the decoders' other entries stay as they were."""
+    own = [b for b in Depth(cached).blocks if b not in blocks_with_caches(cached)]
+    if not own:
+        return
+    planted = silent(cached, own[1].rows)
+    depth = Depth(planted)
+    block = next(b for b in depth.blocks if b.rows == own[1].rows)
+    homes = depth.branches(block.units[0].stream, 0)
+    assert set(homes) < set(planted.entries)
+    after = depth.skip_blocks([block])
+    changed(planted, after)
+    for name, entry in planted.entries.items():
+        assert (len(after.entries[name].graph.nodes) < len(entry.graph.nodes)) == (name in homes)
 
 
 def test_what_is_used_elsewhere_cannot_be_skipped() -> None:

@@ -16,6 +16,7 @@ from laconic.cli.options import (
     NoProgress,
     Quiet,
     Threads,
+    Towers,
     Verbose,
     cache_of,
     display,
@@ -42,6 +43,7 @@ def export(
         ),
     ] = False,
     cache: Cache = None,
+    towers: Towers = False,
     force: Force = False,
     json: Json = False,
     threads: Threads = 0,
@@ -53,26 +55,26 @@ def export(
     kind = output.suffix
     if kind not in (".onnx", ".pt2"):
         raise UsageError(f"{output} does not say what to write", hint="name it F.onnx or F.pt2")
-    if kind == ".pt2" and (opset is not None or functions or with_past):
-        named = "--opset" if opset is not None else "--functions" if functions else "--with-past"
-        raise UsageError(f"{named} is for ONNX")
+    for_onnx = {"--opset": opset is not None, "--functions": functions, "--with-past": with_past, "--towers": towers}
+    if kind == ".pt2" and any(for_onnx.values()):
+        raise UsageError(f"{next(name for name, given in for_onnx.items() if given)} is for ONNX")
     held = cache_of(cache)
-    if not with_past:
+    if not (with_past or towers):
         refuse_early(output, force)
     with display(quiet, verbose, no_progress, threads) as shown:
         from laconic.cli.report import export_report
         from laconic.codegen.onnx import write_onnx
-        from laconic.codegen.onnx.past import write_past
+        from laconic.codegen.onnx.entries import write_past, write_towers
         from laconic.codegen.pt2 import write_pt2
-        from laconic.ir.past import DECODE
         from laconic.sources import program_of
 
         program = program_of(model, shown.stage, cache=held)
         data: dict[str, Any] = {"schema": 1, "model": model, "path": str(output), "format": kind[1:]}
         if kind == ".onnx":
             settings: dict[str, Any] = {"opset": opset, "functions": functions, "force": force}
-            if with_past:
-                report = write_past(program, output, progress=shown.stage, **settings)[DECODE]
+            if with_past or towers:
+                write = write_past if with_past else write_towers
+                report = list(write(program, output, progress=shown.stage, **settings).values())[-1]
                 data["path"] = str(report.path)
             else:
                 report = write_onnx(program, output, progress=shown.stage, **settings)

@@ -21,6 +21,7 @@ from laconic.cli.options import (
     Seed,
     Threads,
     Tokenizer,
+    Towers,
     Verbose,
     cache_of,
     display,
@@ -57,6 +58,7 @@ def optimize(
     ] = None,
     calibration: Calibration = None,
     cache: Cache = None,
+    towers: Towers = False,
     tokenizer: Tokenizer = None,
     batch: Batch = 8,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Run and check everything, write no DIR.")] = False,
@@ -109,7 +111,7 @@ def optimize(
         instruments = flags.instruments(passes, shown, force, _repeated(seed, threads, verify_each, check))
         if target is not None:
             refuse_foreign(target)
-        program, folder = opened(model, shown.stage, cache=held)
+        program, folder = opened(model, shown.stage, cache=held, towers=towers)
         inputs = cases(program, program.forward, seed=seed)
         judge = None
         if data is not None:

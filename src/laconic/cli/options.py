@@ -42,8 +42,11 @@ Force = Annotated[bool, typer.Option("--force", help="Replace an output that exi
 Cache = Annotated[
     str | None,
     typer.Option(
-        "--cache", metavar="BATCHxLENGTH", help="Capture a causal model so that it generates, with caches of this size."
+        "--cache", metavar="BATCHxLENGTH", help="Capture a model so that it generates, with caches of this size."
     ),
+]
+Towers = Annotated[
+    bool, typer.Option("--towers", help="Capture the two sides of a model that sees and reads, vision and text, too.")
 ]
 
 

@@ -27,8 +27,10 @@ class CompiledDecoder(ProgramDecoder):
 
     def _outputs(self, name: str, inputs: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
         own = self._own[name]
-        tokens = int(inputs["cache_position"].shape[0])  # the one size that changes, of a prompt
-        sizes = {sympy.Symbol(key, positive=True, integer=True): tokens for key in own.symbols}
+        sizes = {  # one size changes, the tokens of a prompt
+            sympy.Symbol(key, positive=True, integer=True): int(inputs["cache_position"].shape[0])
+            for key in own.symbols
+        }
         function = self.compiled[name].function(sizes)
         if function is None:
             return super()._outputs(name, inputs)

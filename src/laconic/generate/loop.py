@@ -10,6 +10,7 @@ import torch
 
 from laconic.generate.decoding import Decoder
 from laconic.ir.errors import UsageError
+from laconic.ir.past import FEATURES, PIXELS, PREFILL, VISION
 
 Prompts = torch.Tensor | Sequence[Sequence[int]]
 
@@ -47,6 +48,7 @@ def generate(
     prompts: Prompts,
     *,
     attention_mask: torch.Tensor | None = None,
+    pixel_values: torch.Tensor | None = None,
     max_new_tokens: int = 20,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int = 0,
@@ -59,7 +61,8 @@ def generate(
 ) -> torch.Tensor:
     """Continue prompts: (sequences, prompt + new tokens) int64, padded on the left as the prompts were, and with
     `pad_token_id` behind a sequence that has ended. Where prompts are sources for an encoder, what is continued is
-    `decoder_start_token_id` (the token that pads, if it is not given).
+    `decoder_start_token_id` (the token that pads, if it is not given). Where images stand among tokens, `pixel_values`
+    has one for each prompt, which holds as many image tokens as an image has features, or none.
 
     `prompts` are token ids, as lists of different length or as a tensor with an `attention_mask` (0 where padded). At
     most `max_new_tokens` are added; a sequence ends with one of `eos_token_id`. With `choice.do_sample` tokens are
@@ -71,9 +74,11 @@ def generate(
     ids, mask = _padded(prompts, attention_mask, pad_token_id)
     given, width = ids.shape
     _refuse_misfits(decoder, given, width, max_new_tokens)
+    _refuse_other_images(decoder, ids, pixel_values)
     choice = choice or Choice()
     rows = torch.arange(decoder.batch).clamp(max=given - 1)  # sequences that nobody asked for repeat the last one
-    steps: _Steps | _SourceSteps = _Steps(decoder, ids[rows], mask[rows])
+    images = {} if pixel_values is None else {PIXELS: pixel_values[rows]}
+    steps: _Steps | _SourceSteps = _Steps(decoder, ids[rows], mask[rows], images)
     if decoder.source is not None:
         start = pad_token_id if decoder_start_token_id is None else decoder_start_token_id
         steps = _SourceSteps(decoder, decoder.source, ids[rows], mask[rows], start)
@@ -106,30 +111,38 @@ def generate(
 class _Steps:
     """The inputs of each step: which places of the cache are taken, and by tokens of which position."""
 
-    def __init__(self, decoder: Decoder, ids: torch.Tensor, mask: torch.Tensor) -> None:
+    def __init__(
+        self, decoder: Decoder, ids: torch.Tensor, mask: torch.Tensor, images: dict[str, torch.Tensor]
+    ) -> None:
         if ids.shape[1] == 1:  # a prompt has two places at least
             ids, mask = (torch.cat([torch.zeros_like(t), t], 1) for t in (ids, mask))
-        self.decoder, self.ids, self.at = decoder, ids, ids.shape[1]
+        self.decoder, self.ids, self.images, self.at = decoder, ids, images, ids.shape[1]
         self.positions = (mask.cumsum(1) - 1).clamp(min=0)
         self.mask = torch.zeros(len(ids), decoder.length, dtype=torch.long)
         self.mask[:, : self.at] = mask
 
     def prompt(self) -> torch.Tensor:
         self.decoder.start()
-        return self._run(self.ids, self.positions, torch.arange(self.at), first=True)
+        return self._run(self.ids, self.positions, torch.arange(self.at), self.images, first=True)
 
     def token(self, token: torch.Tensor) -> torch.Tensor:
         """The logits behind one more token of each sequence, (batch,)."""
         self.mask[:, self.at] = 1
         self.positions = self.positions[:, -1:] + 1
         self.at += 1
-        return self._run(token[:, None], self.positions, torch.tensor([self.at - 1]))
+        return self._run(token[:, None], self.positions, torch.tensor([self.at - 1]), {})
 
     def _run(
-        self, ids: torch.Tensor, positions: torch.Tensor, places: torch.Tensor, *, first: bool = False
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        places: torch.Tensor,
+        more: dict[str, torch.Tensor],
+        *,
+        first: bool = False,
     ) -> torch.Tensor:
         given = {"input_ids": ids, "position_ids": positions, "attention_mask": self.mask, "cache_position": places}
-        return self.decoder.run(given, first=first)
+        return self.decoder.run(given | more, first=first)
 
 
 class _SourceSteps:
@@ -228,3 +241,26 @@ def _refuse_misfits(decoder: Decoder, sequences: int, width: int, more: int) -> 
             why=f"it holds {decoder.length}",
             hint=f"max_new_tokens={decoder.length - max(width, 2) + 1}, or capture with a longer cache",
         )
+
+
+def _refuse_other_images(decoder: Decoder, ids: torch.Tensor, pixels: torch.Tensor | None) -> None:
+    if decoder.image_token is None:
+        if pixels is not None:
+            raise UsageError(f"there are {PIXELS}, and the model was captured without images", hint="leave them out")
+        return
+    counts = (ids == decoder.image_token).sum(1).tolist()
+    features = decoder.takes(PREFILL, FEATURES).shape[1]
+    wanted = (0, features) if pixels is not None else (0,)
+    for row, count in enumerate(counts):
+        if count not in wanted:
+            raise UsageError(
+                f"prompt {row} has {count} image tokens ({decoder.image_token})",
+                why=f"an image has {features} features" if pixels is not None else f"there are no {PIXELS}",
+                hint=f"one token for each feature, and one image for each prompt, as {PIXELS}",
+            )
+    if pixels is not None:
+        image = tuple(decoder.takes(VISION, PIXELS).shape[1:])
+        if pixels.dim() != 4 or len(pixels) != len(ids) or tuple(pixels.shape[1:]) != image:
+            raise UsageError(
+                f"{PIXELS} are {tuple(pixels.shape)}", hint=f"{(len(ids), *image)}: one image for each prompt"
+            )

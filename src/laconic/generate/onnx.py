@@ -9,56 +9,74 @@ from typing import Any
 
 import torch
 
-from laconic.codegen.onnx.past import past_path
-from laconic.codegen.onnx.runtime import Session
+from laconic.codegen.onnx.entries import entry_path, facts_of
+from laconic.codegen.onnx.runtime import Session, to_torch
 from laconic.generate.decoding import Decoder
 from laconic.ir.errors import UsageError
-from laconic.ir.past import DECODE, PREFILL
+from laconic.ir.past import DECODE, VISION
 
 _STATE, _NEXT = "state.", ".next"
 
 
 class OnnxDecoder(Decoder):
-    """`F.prefill.onnx` and `F.decode.onnx` in ONNX Runtime, by the name `F.onnx`; caches are its own.
+    """`F.prefill.onnx` and `F.decode.onnx` in ONNX Runtime, by the name `F.onnx`, with `F.vision.onnx` if images are
+    read; `F.encode.onnx` in place of the first if a source is. Caches are its own.
 
-    Raises UsageError if a file is missing, or the two have other caches.
+    Raises UsageError if a file is missing, or they have other caches.
     """
 
     def __init__(self, path: str | Path, *, threads: int = 0) -> None:
-        files = {name: past_path(Path(path), name) for name in (PREFILL, DECODE)}
+        last = entry_path(Path(path), DECODE)
+        _refuse_missing(last)
+        self._sessions = {DECODE: Session(last, threads=threads)}
+        super().__init__(facts_of(self._sessions[DECODE]))
+        names = [self._first, DECODE, *([VISION] if self.image_token is not None else [])]
+        files = {name: entry_path(Path(path), name) for name in names}
         for file in files.values():
-            if not file.is_file():
-                raise UsageError(f"there is no {file}", hint="laconic export MODEL -o F.onnx --with-past writes it")
-        self._sessions = {name: Session(file, threads=threads) for name, file in files.items()}
-        shapes = {name: _declared(session) for name, session in self._sessions.items()}
-        caches = [{n: s for n, s in found.items() if n.startswith(_STATE)} for found in shapes.values()]
-        if caches[0] != caches[1]:
-            raise UsageError(f"{files[PREFILL]} and {files[DECODE]} have other caches", hint="export both again")
-        self._caches = caches[0]
-        self.batch, self.length = shapes[DECODE]["attention_mask"].shape
+            _refuse_missing(file)
+        self._sessions |= {n: Session(file, threads=threads) for n, file in files.items() if n != DECODE}
+        self._declared = {name: _declared(session) for name, session in self._sessions.items()}
+        caches = {
+            name: {n: s for n, s in self._declared[name].items() if n.startswith(_STATE)}
+            for name in (self._first, DECODE)
+        }
+        if caches[self._first] != caches[DECODE]:
+            raise UsageError(f"{files[self._first]} and {files[DECODE]} have other caches", hint="export both again")
+        self._caches = caches[DECODE]
         self.start()
 
     def start(self) -> None:
-        session = self._sessions[DECODE]
-        zeros = {n: torch.zeros(cache.shape, dtype=cache.dtype) for n, cache in self._caches.items()}
-        self._states: dict[str, Any] = session.values(zeros)
+        zeros = {name: cache.zeros() for name, cache in self._caches.items()}
+        self._states: dict[str, Any] = self._sessions[DECODE].values(zeros)
 
-    def run(self, inputs: Mapping[str, torch.Tensor], *, first: bool) -> torch.Tensor:
-        session = self._sessions[PREFILL if first else DECODE]
-        given = {name: inputs[name] for name in session.inputs if not name.startswith(_STATE)}
-        found = dict(zip(session.outputs, session.run_values(session.values(given) | self._states), strict=True))
+    def _call(self, name: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        session = self._sessions[name]
+        given = session.values({own: inputs[own] for own in session.inputs if not own.startswith(_STATE)})
+        states = {cache: self._states[cache] for cache in session.inputs if cache.startswith(_STATE)}
+        found = dict(zip(session.outputs, session.run_values(given | states), strict=True))
         self._states |= {n.removesuffix(_NEXT): v for n, v in found.items() if n.endswith(_NEXT)}
-        return torch.from_numpy(found["logits"].numpy())[:, -1]
+        return {result: to_torch(value) for result, value in found.items() if not result.endswith(_NEXT)}
+
+    def takes(self, name: str, given: str) -> torch.Tensor:
+        return self._declared[name][given].zeros()
 
     @property
     def cache_bytes(self) -> int:
-        return sum(torch.Size(cache.shape).numel() * cache.dtype.itemsize for cache in self._caches.values())
+        return sum(cache.zeros().nbytes for cache in self._caches.values())
+
+
+def _refuse_missing(file: Path) -> None:
+    if not file.is_file():
+        raise UsageError(f"there is no {file}", hint="laconic export MODEL -o F.onnx --with-past writes it")
 
 
 @dataclass(frozen=True)
 class _Declared:
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    def zeros(self) -> torch.Tensor:
+        return torch.zeros(self.shape, dtype=self.dtype)
 
 
 _DTYPES = {

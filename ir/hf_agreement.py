@@ -1,0 +1,101 @@
+"""Whether the entries that generate say what the model says by itself: a prompt and one token more, one of the prompts
+padded. Caches, masks and positions are put together by the capture, so that a model which takes them otherwise shows
+here, not in its users' texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from laconic.ir.errors import UnsupportedError, UsageError
+from laconic.ir.outcomes import with_states
+from laconic.ir.past import DECODE, ENCODE, FEATURES, PIXELS, PREFILL, VISION, cache_size, example
+from laconic.ir.program import Program
+from laconic.ir.run import Outcome, evaluate
+
+#: The largest difference of logits, as a part of their norm, that is taken for rounding.
+_ALLOWED = {torch.float64: 1e-4, torch.float32: 1e-3}
+_ALLOWED_OF_HALVES = 5e-2
+
+
+@torch.no_grad()
+def refuse_disagreement(model: nn.Module, program: Program, examples: Mapping[str, torch.Tensor]) -> None:
+    """Raise UnsupportedError if the logits of a prompt, or of the token after it, are not the model's; UsageError if
+    the caches do not hold the prompt of the model's example, where images stand in it."""
+    pairs = _sourced(model, program) if ENCODE in program.entries else _prompted(model, program, examples)
+    for name, ours, theirs in pairs:
+        difference = float((ours - theirs).norm() / theirs.norm())
+        if not difference <= _ALLOWED.get(theirs.dtype, _ALLOWED_OF_HALVES):
+            raise UnsupportedError(
+                f"{type(model).__name__} cannot be captured with a cache",
+                why=f"the logits of {name} are {difference:.1%} away from the model's own: it takes caches, masks or "
+                "positions in a way that is not known",
+                hint="models of transformers whose attention looks back at all tokens can",
+            )
+
+
+def _prompted(
+    model: Any, program: Program, examples: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """What prompts give here and there; the first of them is shorter, and padded on the left."""
+    batch, length = cache_size(program)
+    given: dict[str, torch.Tensor] = {}
+    tokens = min(5, length - 1)
+    if VISION in program.entries:
+        tokens = examples["input_ids"].shape[1]
+        if tokens >= length:
+            raise UsageError(
+                f"a cache of {length} tokens does not hold the {tokens} of the model's example",
+                hint=f"--cache {batch}x{tokens + 1}, or larger",
+            )
+        given[PIXELS] = examples[PIXELS][:1].expand(batch, -1, -1, -1).contiguous()
+    prompt, step = example(batch, length, tokens, 0), example(batch, length, 1, tokens)
+    if VISION in program.entries:
+        prompt["input_ids"] = examples["input_ids"][:1].repeat(batch, 1)
+    whole = prompt["input_ids"].clone()
+    prompt["input_ids"][0, 1:] = whole[0, :-1]
+    for inputs in (prompt, step):
+        inputs["attention_mask"][0, 0] = 0
+        inputs["position_ids"][0] = (inputs["position_ids"][0] - 1).clamp(min=0)
+    if given:
+        prompt[FEATURES] = _run(program, VISION, given).results[0]
+    first = _run(program, PREFILL, prompt)
+    second = _run(with_states(program, first.states), DECODE, step)
+    for row in range(batch):
+        ids = whole[row, : tokens - 1] if row == 0 else whole[row]
+        ids = torch.cat([ids, step["input_ids"][row]])[None]
+        own = {name: value[row : row + 1] for name, value in given.items()}
+        said = _logits(model(input_ids=ids, attention_mask=torch.ones_like(ids), **own))[0]
+        yield PREFILL, first.results[0][row, -1], said[-2]
+        yield DECODE, second.results[0][row, -1], said[-1]
+
+
+def _sourced(model: Any, program: Program) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """What sources give here and there; the first of them is shorter."""
+    batch, _ = cache_size(program)
+    source = int(program.facts["cache"]["source"])
+    ids = example(batch, source, source, 0)["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[0, -1] = 0
+    start, then = torch.full((batch, 1), 2), torch.full((batch, 1), 3)
+    given = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": start, "cache_position": torch.tensor([0])}
+    first = _run(program, ENCODE, given)
+    after = given | {"decoder_input_ids": then, "cache_position": torch.tensor([1])}
+    second = _run(with_states(program, first.states), DECODE, after)
+    for row in range(batch):
+        own = ids[row : row + 1, : int(mask[row].sum())]
+        said = _logits(model(input_ids=own, decoder_input_ids=torch.tensor([[2, 3]])))[0]
+        yield ENCODE, first.results[0][row, -1], said[0]
+        yield DECODE, second.results[0][row, -1], said[1]
+
+
+def _run(program: Program, name: str, given: Mapping[str, torch.Tensor]) -> Outcome:
+    entry = program.entries[name]
+    return evaluate(program, entry, [given[declared.name] for declared in entry.inputs])
+
+
+def _logits(found: Any) -> torch.Tensor:
+    return found["logits"]  # type: ignore[no-any-return]
