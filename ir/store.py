@@ -27,7 +27,7 @@ from laconic.ir.memory import ALIGNMENT, misalignment, placed
 from laconic.ir.metrics.differences import bit_equal
 from laconic.ir.outline import inline, outline
 from laconic.ir.parse import parse_program
-from laconic.ir.program import Program, Weight
+from laconic.ir.program import Kind, Program, Weight
 from laconic.ir.tensor_file import TensorFile, write_tensors
 from laconic.ir.text import print_program
 from laconic.ir.torch_private import storage_key
@@ -60,9 +60,10 @@ def write_program(program: Program, folder: Path, same_weights: Path | None = No
     (folder / PROGRAM).write_text(print_program(outline(program) if outlined else program), encoding="utf-8")
     if same_weights is not None and _linked(same_weights, folder / WEIGHTS):
         return
-    tensors, views = _pack(rows)
+    tensors, views, zeros = _pack(rows)
     starts = {w.name: start for w in rows if (start := misalignment(w.value))}
-    write_tensors(folder / WEIGHTS, tensors, {"views": json.dumps(views), "alignment": json.dumps(starts)})
+    notes = {"views": views, "alignment": starts, "zeros": zeros}
+    write_tensors(folder / WEIGHTS, tensors, {key: json.dumps(note) for key, note in notes.items()})
 
 
 def _linked(existing: Path, target: Path) -> bool:
@@ -126,8 +127,9 @@ def _text(folder: Path) -> str:
         raise ModelError(f"{PROGRAM} cannot be read", where=str(path), why=str(problem)) from problem
 
 
-def _pack(rows: list[Weight]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors to store by key, and for rows that are views the key and offset where they lie."""
+def _pack(rows: list[Weight]) -> tuple[dict[str, torch.Tensor], dict[str, Any], list[str]]:
+    """Tensors to store by key; for rows that are views the key and offset where they lie; and states of nothing but
+    zeros, as empty caches, which are not stored."""
     rows = [_plain(row) for row in rows]
     names = {row.name for row in rows}
     groups: dict[tuple[int, torch.dtype], list[Weight]] = defaultdict(list)
@@ -135,10 +137,14 @@ def _pack(rows: list[Weight]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         groups[(row.value.untyped_storage().data_ptr() if row.value.numel() else id(row), row.value.dtype)].append(row)
     tensors: dict[str, torch.Tensor] = {}
     views: dict[str, Any] = {}
+    zeros: list[str] = []
     for number, group in enumerate(groups.values()):
         first = group[0].value
         if len(group) == 1 and is_dense(first):
-            tensors[group[0].name] = first
+            if group[0].kind is Kind.STATE and bit_equal(first, torch.zeros_like(first)):
+                zeros.append(group[0].name)
+            else:
+                tensors[group[0].name] = first
             continue
         low = min(int(w.value.storage_offset()) for w in group)
         high = max(int(w.value.storage_offset()) + _span(w.value) for w in group)
@@ -148,7 +154,7 @@ def _pack(rows: list[Weight]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         tensors[key] = first.as_strided((high - low,), (1,), low)
         for row in group:
             views[row.name] = {"of": key, "offset": int(row.value.storage_offset()) - low}
-    return tensors, views
+    return tensors, views, zeros
 
 
 def _plain(row: Weight) -> Weight:
@@ -179,6 +185,7 @@ class _Reader:
             self._views: dict[str, Any] = dict(json.loads(opened.metadata.get("views", "{}")))
             starts = dict(json.loads(opened.metadata.get("alignment", "{}")))
             self._starts = {str(name): int(start) % ALIGNMENT for name, start in starts.items()}
+            self._zeros = frozenset(map(str, json.loads(opened.metadata.get("zeros", "[]"))))
         except (TypeError, ValueError, OverflowError, RecursionError, AttributeError) as problem:
             raise self._damaged(f"{WEIGHTS} has damaged metadata", problem) from problem
 
@@ -191,9 +198,14 @@ class _Reader:
         shape, stride = tuple(map(int, kind.shape)), tuple(map(int, kind.stride))
         if name in self._views:
             return self._view(name, kind, shape, stride)
+        start = self._starts.get(name, 0)
+        if name in self._zeros:
+            try:
+                return placed(torch.zeros(shape, dtype=kind.dtype), stride, start, kind.device)
+            except (ValueError, RuntimeError) as problem:
+                raise self._damaged(f"{name!r} cannot lie in memory as the text says", problem) from problem
         if name not in self._opened.stored:
             raise KeyError(name)
-        start = self._starts.get(name, 0)
         stored = self._tensor(name, kind, start)
         if tuple(stored.shape) != shape or stored.dtype != kind.dtype:
             return stored

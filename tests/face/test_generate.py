@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from safetensors import safe_open
 from torch import nn
 
 import laconic
@@ -199,8 +200,11 @@ def test_caches_are_as_large_as_computed_and_kept_apart(decoder: tuple[nn.Module
 
 def test_what_is_saved_generates(decoder: tuple[nn.Module, laconic.Result], tmp_path: Path) -> None:
     _, result = decoder
-    loaded: Any = laconic.load(result.save(tmp_path / "out"))
+    out = result.save(tmp_path / "out")
+    loaded: Any = laconic.load(out)
     assert torch.equal(loaded.generate(PROMPTS, max_new_tokens=NEW), result.model.generate(PROMPTS, max_new_tokens=NEW))
+    with safe_open(out / "weights.safetensors", "pt") as stored:  # empty caches are not stored
+        assert set(stored.keys()) == {n for n, w in result.program.weights.items() if w.kind is not Kind.STATE}
 
 
 @pytest.mark.slow
