@@ -20,6 +20,8 @@ import torch
 
 from laconic.ir.axes import Axes, Factor, analyse, factors, free, row_factors
 from laconic.ir.axes.classes import first_calls
+from laconic.ir.axes.dims import Pin
+from laconic.ir.axes.held import Holding
 from laconic.ir.axes.positions import coordinates
 from laconic.ir.program import Kind, Program
 from laconic.passes.axes import AxesPass, class_action
@@ -38,7 +40,8 @@ class PermuteUnits(AxesPass):
     def plan(self, program: Program, statistics: Any = None, score: Any = None) -> Plan:
         axes = analyse(program)
         where = first_calls(axes)
-        units = [f for f in row_factors(axes) if free(f) and isinstance(f.size, int) and f in where]
+        alike = _alike(axes)
+        units = [f for f in row_factors(axes) if free(f) and isinstance(f.size, int) and f in where and f not in alike]
         actions = []
         for factor, keys in _keys(axes, units, self.by).items():
             order = torch.argsort(keys, descending=True, stable=True).tolist()
@@ -49,6 +52,18 @@ class PermuteUnits(AxesPass):
 
     def said(self, plan: Plan) -> str:
         return f"{len(plan.actions)} axes put in order of their units' {self.by} norms"
+
+
+def _alike(axes: Axes) -> set[Factor]:
+    """The factors along which the first of several greatest is chosen, whatever the inputs are: a router of zeros."""
+    holding, found = Holding(axes), set[Factor]()
+    for gather in axes.gathers:
+        own = [factor for factor in factors(gather.dim) if Pin.TOPK in factor.pins]
+        held = holding.of(*gather.operands[0]) if own else None
+        if held:
+            known = held.value[held.known & ~held.at(gather.neutral)]
+            found.update(own if len(set(known.tolist())) < len(known) else ())
+    return found
 
 
 def _keys(axes: Axes, units: list[Factor], by: str) -> dict[Factor, torch.Tensor]:

@@ -47,6 +47,16 @@ def rotate_half(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([-b, a], -1)
 
 
+def angles(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([x.cos(), x.sin()], -1)
+
+
+def put_back(x: torch.Tensor, chosen: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Rows in the order of what was chosen for them, times theirs in a table, and back."""
+    order = chosen.argsort(stable=True)
+    return (x[order] * table[chosen[order]])[order.argsort()]
+
+
 CASES = [
     Case("relu", MLP, mlp(F.relu), (12,)),
     Case("gelu", MLP, mlp(F.gelu), (12,)),
@@ -124,13 +134,13 @@ CASES = [
     Case("flip", ONE, through(lambda w, h: h + h.flip(-1)), (), {12: {Pin.ORDER}}),
     Case("roll", ONE, through(lambda w, h: h + h.roll(1, -1)), (), {12: {Pin.ORDER}}),
     Case("cumsum", ONE, through(lambda w, h: h.cumsum(-1)), (), {12: {Pin.ORDER}}),
-    Case("sort", ONE, through(lambda w, h: h.sort(-1).values), (12,), {12: {Pin.ORDER}}, symmetric=(12,)),
+    Case("sort", ONE, through(lambda w, h: h.sort(-1).values), (12,), {12: {Pin.ARRANGED}}, symmetric=(12,)),
     Case(
         "topk",
         {"a": (12, 8), "c": (4, 3)},
         through(lambda w, h: h.topk(3).values),
         (12,),
-        {3: {Pin.ORDER}},
+        {3: {Pin.ARRANGED}},
         symmetric=(12,),
     ),
     Case(
@@ -290,6 +300,53 @@ CASES = [
         {"r": (6, 8), "c": (4, 6)},
         lambda w, x: F.linear(F.linear(x, w.r).topk(2).indices.reshape(-1).float().histc(6, 0, 5), w.c),
         (6,),
+    ),
+    Case(
+        "argmax of what may be equal",
+        {"r": (6, 8), "t": (6, 4)},
+        lambda w, x: F.embedding(F.linear(x, w.r).relu().argmax(-1), w.t),
+        (),
+        {6: {Pin.TIES}},
+    ),
+    Case(
+        "positions in an outer product",
+        {"l": (6, 8), "v": (4,)},
+        lambda w, x: x @ (w.l * angles(torch.outer(torch.arange(6.0), w.v))).T @ w.l,
+        (6,),
+    ),
+    Case(
+        "positions through a product",
+        {"a": (8, 6), "t": (6, 8)},
+        lambda w, x: x @ w.t.t() @ w.t + F.linear(torch.arange(6.0), w.a),
+        (6, 6),
+        symmetric=(6,),
+    ),
+    Case(
+        "sorted by what was chosen, and returned so",
+        {"r": (6, 8)},
+        lambda w, x: x[F.linear(x, w.r).argmax(-1).argsort(stable=True)],
+        (),
+        {6: {Pin.OBSERVED}},
+    ),
+    Case(
+        "sorted by what was chosen, and put back",
+        {"r": (6, 8), "t": (6, 8)},
+        lambda w, x: put_back(x, F.linear(x, w.r).argmax(-1), w.t),
+        (6,),
+    ),
+    Case(
+        "the greatest of what was chosen",
+        {"r": (6, 8)},
+        lambda w, x: F.linear(x, w.r).topk(2).indices.topk(1).values,
+        (),
+        {6: {Pin.OBSERVED}},
+    ),
+    Case(
+        "a softmax of what was chosen",
+        {"r": (6, 8)},
+        lambda w, x: F.linear(x, w.r).topk(2).indices.float().softmax(-1),
+        (),
+        {6: {Pin.OBSERVED}},
     ),
     Case(
         "interleaved rotation",

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from laconic.ir.axes.call import Call
-from laconic.ir.axes.dims import Pin, fresh, pin, size_of
+from laconic.ir.axes.dims import ORDERED, Pin, factors, fresh, pin, size_of
 from laconic.ir.axes.labels import Axes, Label, Several, flat
 from laconic.ir.axes.rules import rule
 from laconic.ir.errors import VerificationError
@@ -40,11 +40,24 @@ def analyse(program: Program) -> Axes:
                 axes.labels[node] = _call(axes, node)
                 _held_to_sizes(program, node, axes.labels[node])
         _results(axes, entry)
+    _arranged(axes)
     for origin, user in axes.counted.items():
         if origin in axes.indexing:
             for dim in flat(axes.labels[origin])[0]:
                 pin(dim, Pin.ARANGE_BOTH, "its positions are used as numbers and as indices", user)
     return axes
+
+
+def _arranged(axes: Axes) -> None:
+    """What is in the order of positions shows these, unless all that is done with it puts things back."""
+    weighted = {factor for label in axes.rows.values() for dim in label for factor in factors(dim)}
+    for dim, domain, node in axes.arranged:
+        for factor in factors(dim):
+            shown = next((factor.pins[kind].reason for kind in factor.pins if kind in ORDERED), None)
+            if factor in weighted:
+                shown = "a weight has that axis"
+            if shown:
+                axes.observe(domain, node, f"what is in the order of its positions is used so: {shown}")
 
 
 def _overlaps(axes: Axes) -> None:
@@ -87,7 +100,11 @@ def _call(axes: Axes, node: fx.Node) -> Label | Several | None:
     if not isinstance(node.target, torch._ops.OpOverload):
         return call.opaque(f"{node.target} has no rule")
     found = rule.of(node.target)
-    return call.opaque(f"{op_name(node.target)} has no rule") if found is None else found(call)
+    if found is None:
+        return call.opaque(f"{op_name(node.target)} has no rule")
+    label = found(call)
+    call.observe_others()
+    return label
 
 
 def _held_to_sizes(program: Program, node: fx.Node, label: Label | Several | None) -> None:

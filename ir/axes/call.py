@@ -21,6 +21,7 @@ class Call:
     def __init__(self, axes: Axes, node: fx.Node) -> None:
         self.axes, self.node = axes, node
         self.type = type_of(node.meta["val"])
+        self.asked: set[fx.Node] = set()
 
     # What it takes and returns
 
@@ -60,7 +61,8 @@ class Call:
         return kind.shape
 
     def domain(self, value: fx.Node) -> Domain | None:
-        """What an operand's integers count, if that is known."""
+        """What an operand's integers count, if that is known. A rule that asks says itself what becomes of them."""
+        self.asked.add(value)
         return self.axes.domains.get((value, None))
 
     @property
@@ -103,9 +105,26 @@ class Call:
         counted = tuple((value, axis % len(self.dims(value))) for value, axis in operands)
         self.axes.gathers.append(Gather(self.node, dim, counted, neutral, bias))
 
-    def chooses(self) -> None:
+    def chooses(self, dim: Dim) -> None:
         """It takes some positions of an axis and leaves the others alone."""
-        self.axes.choosing.add(self.node)
+        self.axes.choosing.setdefault(self.node, []).append(dim)
+
+    def arranges(self, size: Size, by: Domain | None) -> Dim:
+        """A new axis, in the order of values: of what they count, if they count positions."""
+        (dim,) = self.fresh([size], Pin.ARRANGED, "in the order of values")
+        if by is not None and by.origin is None:
+            self.axes.arranged.append((dim, by, self.node))
+        return dim
+
+    def looks_not(self, value: fx.Node) -> None:
+        """An operand's shape is all that it takes of it."""
+        self.asked.add(value)
+
+    def observe_others(self) -> None:
+        """Whatever counts positions, and its rule did not ask about, is used as numbers."""
+        for value in self.node.all_input_nodes:
+            if value not in self.asked:
+                self.observe(value)
 
     def observe(self, value: Any, reason: str = "its positions are used as numbers") -> None:
         """An operand's integers are used for something else than choosing positions."""
@@ -127,7 +146,7 @@ class Call:
         domain = self.domain(index)
         if domain is not None and same_size(size_of(domain.dim), size_of(dim)):
             self.join(domain.dim, dim)
-            self.chooses()
+            self.chooses(dim)
             if domain.origin is not None:
                 self.axes.indexing.setdefault(domain.origin, self.node)
             return

@@ -71,9 +71,10 @@ def _ends(axes: Axes) -> dict[Factor, list[Gather]]:
             over[gather.node].add(factor)
     for entry in axes.program.entries.values():
         for node in entry.calls():
-            if node in axes.choosing or not isinstance(node.target, torch._ops.OpOverload):
+            if not isinstance(node.target, torch._ops.OpOverload):
                 continue
-            stays = over[node].union(axes.factors_of(node))
+            chosen = (f for dim in axes.choosing.get(node, ()) for f in factors(dim))
+            stays = over[node].union(axes.factors_of(node), chosen)
             lost |= {f for value in node.all_input_nodes for f in axes.factors_of(value)} - stays
     return {
         factor: ends[factor]
@@ -82,17 +83,26 @@ def _ends(axes: Axes) -> dict[Factor, list[Gather]]:
     }
 
 
-#: Ops whose results are never below zero, and ops that change nothing about that.
-_NEVER_NEGATIVE = frozenset({"softmax", "_softmax", "sigmoid", "exp", "relu", "abs", "square", "softplus"})
+#: Ops whose results are never below zero, those above it wherever they are not masked, and ops that keep that.
+_POSITIVE = frozenset({"softmax", "_softmax", "_safe_softmax", "sigmoid", "exp", "softplus"})
+_NEVER_NEGATIVE = _POSITIVE | {"relu", "abs", "square"}
 _COPIES = frozenset({"_to_copy", "to", "clone", "reshape", "view", "transpose", "permute", "squeeze", "unsqueeze"})
+#: Which of them make zeros as good as masked, for what takes the greatest value, and for what says where it is too.
+_ZERO_IS_LEAST = {"amax": _NEVER_NEGATIVE, "max": _NEVER_NEGATIVE, "argmax": _POSITIVE, "topk": _POSITIVE}
 
 
-def _never_negative(value: fx.Node) -> bool:
-    """Whether a value is at least zero, so that zeros are chosen after all others (where all are zero, any are)."""
+def _zero_is_least(gather: Gather, value: fx.Node) -> bool:
+    """Whether a gather takes zeros after all else: it takes the greatest, and the others are above zero. Shares of a
+    softmax that are zero to rounding do not count."""
+    target = gather.node.target
+    if gather.neutral != -math.inf or not isinstance(target, torch._ops.OpOverload):
+        return False
+    taken = target._schema.name.partition("::")[2]
+    least = _POSITIVE if target is torch.ops.aten.max.dim else _ZERO_IS_LEAST.get(taken, frozenset())
     while isinstance(value.target, torch._ops.OpOverload):
         name = value.target._schema.name.partition("::")[2]
         if name not in _COPIES:
-            return name in _NEVER_NEGATIVE
+            return name in least
         value = value.args[0]  # type: ignore[assignment]
     return False
 
@@ -134,7 +144,7 @@ class _Question:
             if not held:
                 continue
             mask = held.at(gather.neutral)
-            if gather.neutral == -math.inf and _never_negative(value):
+            if _zero_is_least(gather, value):
                 mask = mask | held.at(0)
             if k == 0 and self._foldable(gather):
                 mask = mask | (held.known & torch.isfinite(held.value))

@@ -34,6 +34,8 @@ class Pin(StrEnum):
     MISALIGNED = "misaligned"  # axes that do not divide into each other
     ENUM = "enum"  # elements are addressed one by one
     ORDER = "order"  # position matters: a sum along it, neighbours in space
+    TIES = "ties"  # the first of several that are equal is chosen
+    ARRANGED = "arranged"  # in the order of values, which data decides
     DATA_INDEX = "data-index"  # chosen by values that are known at run time only
     OBSERVED = "observed"  # positions are used as numbers
     ARANGE_BOTH = "arange-both"  # positions are used as numbers and as indices
@@ -42,6 +44,8 @@ class Pin(StrEnum):
     TOPK = "topk"  # the greatest along it are chosen
 
 
+#: What shows that the order along an axis matters, and not only to calls that put things back.
+ORDERED = frozenset({Pin.IO, Pin.OPAQUE, Pin.MISALIGNED, Pin.ENUM, Pin.ORDER, Pin.DATA_INDEX, Pin.OBSERVED})
 #: These allow a permutation; a pass that knows why the values stay right may shrink them too.
 SOFT = frozenset({Pin.COUNT, Pin.MASK, Pin.TOPK})
 #: Of these, those that do not matter at positions where what is gathered holds the neutral element (`labels.Gather`).

@@ -82,6 +82,7 @@ class _Rewrite:
         self._resplits()
         self._counted()
         self._scales()
+        self._squeezes()
         for name, entry in self.result.entries.items():
             propagate(self.result, entry.graph, self.changed[name])
         self._as_labelled()
@@ -161,24 +162,37 @@ class _Rewrite:
             if not same_size(size_of(dim), new_size(dim, self.kept)):
                 set_argument(self._new(node), "scale", 1 / math.sqrt(size_of(dim)), by=self.by)
 
+    def _squeezes(self) -> None:
+        """Axes that were larger than one stay where one position is left of them."""
+        for node, gone in self.axes.squeezes:
+            if any(
+                touches(dim, self.kept) and new_size(dim, self.kept) == 1 for dim in flat(self.axes.labels[node])[0]
+            ):
+                call = self._new(node)
+                call.target, call.args = aten.squeeze.dims, (call.args[0], gone)
+                call.meta["by"] = self.by
+
     def _as_labelled(self) -> None:
-        """Every type is what the labels say: that is what makes the analysis and the rewriter check each other."""
+        """Every value has the dtype that it had, and the sizes that its labels say: that is what makes the analysis and
+        the rewriter check each other."""
         for old, label in self.axes.labels.items():
             if old.op != "call_function" or old in self.origins:
                 continue
             if not any(touches(dim, self.kept) for dims in flat(label) for dim in dims):
                 continue
             new = self.nodes[self.entry_of[old], old.name]
-            kind = type_of(new.meta["val"])
-            kinds = kind.parts if isinstance(kind, TupleType) else (kind,)
-            shapes = [part.shape for part in kinds if isinstance(part, TensorType)]
-            for found, dims in zip(shapes, flat(label), strict=True):
+            for found, before, dims in zip(_tensors(new), _tensors(old), flat(label), strict=True):
                 wanted = tuple(new_size(dim, self.kept) for dim in dims)
-                if not all(map(same_size, found, wanted)):
+                if found.dtype != before.dtype or not all(map(same_size, found.shape, wanted)):
                     raise VerificationError(
-                        f"%{new.name} is {found} after the rewrite, and its labels say {wanted}",
+                        f"%{new.name} is {found.dtype} {found.shape} after the rewrite; {before.dtype} {wanted} is due",
                         where=self.result.describe(new),
                     )
+
+
+def _tensors(node: fx.Node) -> list[TensorType]:
+    kind = type_of(node.meta["val"])
+    return [part for part in (kind.parts if isinstance(kind, TupleType) else (kind,)) if isinstance(part, TensorType)]
 
 
 def _put(node: fx.Node, place: tuple[Any, ...], value: Any) -> None:
@@ -191,7 +205,8 @@ def _put(node: fx.Node, place: tuple[Any, ...], value: Any) -> None:
         sizes[rest[0]] = value
         holder[first] = sizes
     else:
-        holder[first] = value
+        exact = isinstance(holder[first], float) and isinstance(value, int)
+        holder[first] = float(value) if exact else value
     node.args, node.kwargs = tuple(args), kwargs
 
 

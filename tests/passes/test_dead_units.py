@@ -50,7 +50,9 @@ def leaves_out(program: Program, *edits: Edit) -> dict[tuple[str, int, int], lis
         assert after.weight_bytes() < before.weight_bytes()
         assert not optimize(after, "dead-units").ledger.rows[-1].modified
     else:
-        assert after is run.program
+        assert {name: w.value.shape for name, w in after.weights.items()} == {
+            name: w.value.shape for name, w in before.weights.items()
+        }
     return found
 
 
@@ -125,6 +127,48 @@ def test_a_mean_counts_zeros_and_a_norm_too() -> None:
     assert leaves_out(mean, ("a", 0, 3, 0.0)) == {}
     norm = captured(shapes, lambda w, x: F.linear(F.rms_norm(F.linear(x, w.a), (12,), w.g), w.c), [X])
     assert leaves_out(norm, ("a", 0, 3, 0.0), ("c", 1, 3, 0.0)) == {}
+
+
+def test_a_zero_is_not_always_the_least() -> None:
+    """Under a softmax it has its share, and where others may be zero too it may be the one that is chosen."""
+    shapes = {"a": (12, 8), "c": (4, 12), "t": (12, 4)}
+    silent: tuple[Edit, ...] = (("a", 0, 3, 0.0), ("c", 1, 3, 0.0))
+    for end in (
+        lambda w, h: F.linear(h.relu().softmax(-1), w.c),
+        lambda w, h: F.linear(h.relu().log_softmax(-1).exp(), w.c),
+        lambda w, h: h.relu().logsumexp(-1),
+        lambda w, h: F.embedding(h.relu().argmax(-1), w.t),
+        lambda w, h: h.relu().topk(3).values.softmax(-1),
+        lambda w, h: h.relu().max(-1).indices.float(),
+    ):
+        program = captured(shapes, lambda w, x, end=end: end(w, F.linear(x, w.a)), [X])
+        assert leaves_out(program, *silent) == {}
+    greatest = captured(shapes, lambda w, x: F.linear(x, w.a).relu().amax(-1), [X])
+    assert leaves_out(greatest, *silent) == {HIDDEN: [3]}
+
+
+@pytest.mark.parametrize(
+    "into",
+    [
+        lambda i, v: torch.zeros(3).scatter_add(0, i, v),
+        lambda i, v: torch.zeros(3).index_add(0, i, v),
+        lambda i, v: torch.zeros(3).index_put((i,), v, accumulate=True),
+        lambda i, v: torch.zeros(3).scatter_reduce(0, i, v, "sum"),
+    ],
+)
+def test_what_is_added_up_at_places_is_read(into: Callable[..., Any]) -> None:
+    """Positions of `v` are added up at places that a table chooses; its other use is zero."""
+    program = captured(
+        {"v": (6,), "l": (6, 8), "r": (3, 8)},
+        lambda w, x: x @ (w.v @ w.l)[:, None] + into(F.linear(w.l, w.r).argmax(-1), w.v.cos()).sum(),
+        [X],
+    )
+    assert leaves_out(program, ("v", 0, 1, 0.0)) == {}
+
+
+def test_an_axis_of_which_one_is_left_is_not_squeezed_away() -> None:
+    program = captured({"a": (2, 8), "d": (8, 2)}, lambda w, x: F.linear(x, w.a)[:, None].squeeze() @ w.d.t(), [X])
+    assert leaves_out(program, ("a", 0, 1, 0.0)) == {("a", 0, 0): [1]}
 
 
 def test_an_axis_that_is_dead_keeps_one_position() -> None:

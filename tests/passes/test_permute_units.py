@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from axes_oracles import captured, distance, results
 from axes_programs import CASES, Case
@@ -41,6 +42,17 @@ def test_the_heaviest_come_first(by: Any, norm: float, tmp_path: Path) -> None:
     assert keys.tolist() == sorted(keys.tolist(), reverse=True)
     write_plan(plan, tmp_path, 1)
     assert str(read_plan(tmp_path, 1)) == str(plan)
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_a_router_of_zeros_chooses_by_order(zeros: bool) -> None:
+    """Its experts are all alike to it: another order would choose others."""
+    program = captured(
+        {"r": (6, 8), "t": (6, 4)}, lambda w, x: F.embedding(F.linear(x, w.r).argmax(-1), w.t), [torch.randn(5, 8)]
+    )
+    if zeros:
+        program.weights["r"].value.detach().zero_()
+    assert optimize(program, "permute-units").ledger.rows[-1].modified != zeros
 
 
 def test_what_no_axis_allows_is_said() -> None:

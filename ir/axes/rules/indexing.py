@@ -14,6 +14,7 @@ from laconic.ir.axes.labels import Label, Several
 from laconic.ir.axes.rules.pointwise import broadcast
 from laconic.ir.axes.rules.table import rule
 from laconic.ir.axes.rules.views import axis_of
+from laconic.ir.axes.ties import tied
 from laconic.ir.types import same_size
 
 
@@ -211,15 +212,24 @@ def looked_up(call: Call) -> Label:
     return tuple(call.dims(value))  # type: ignore[arg-type]
 
 
+def _chosen(call: Call, value: fx.Node, dims: list[Dim], reason: str) -> None:
+    """Some positions are chosen by what they hold; by their order too, where several may hold the same."""
+    call.pin(dims, Pin.TOPK, reason)
+    by = tied(value)
+    if by is not None:
+        call.pin(dims, Pin.TIES, f"{reason}, the first of those that are equal by {by}")
+
+
 @rule("aten.topk")
 def topk(call: Call) -> Several:
     value = call.given("self")
     dims = call.dims(value)
     axis = axis_of(call, value)
-    call.pin([dims[axis]], Pin.TOPK, "the greatest along it are chosen")
+    _chosen(call, value, [dims[axis]], "the greatest along it are chosen")
     call.gathers(dims[axis], (value, axis), neutral=-math.inf if call.given("largest") else math.inf)
     found = list(dims)
-    (found[axis],) = call.fresh([call.shapes[0][axis]], Pin.ORDER, "in the order of their values")
+    call.observe(value, "the greatest are chosen")
+    found[axis] = call.arranges(call.shapes[0][axis], None)
     call.literal(call.place("k"), found[axis])
     call.counts_as(value, output=0)
     call.counts(dims[axis], output=1)
@@ -233,9 +243,9 @@ def sort(call: Call) -> Any:
     if not dims:
         return Several(((), ())) if "argsort" not in str(call.node.target) else ()
     axis = axis_of(call, value)
-    call.pin([dims[axis]], Pin.TOPK, "sorted along it")
+    _chosen(call, value, [dims[axis]], "sorted along it")
     found = list(dims)
-    (found[axis],) = call.fresh([size_of(dims[axis])], Pin.ORDER, "in the order of their values")
+    found[axis] = call.arranges(size_of(dims[axis]), call.domain(value))
     if "argsort" in str(call.node.target):
         call.counts(dims[axis])
         return tuple(found)
@@ -254,11 +264,11 @@ def argmax(call: Call) -> Label:
     value = call.given("self")
     dims = call.dims(value)
     if call.given("dim") is None:
-        call.pin(dims, Pin.TOPK, "the greatest of all is chosen")
+        _chosen(call, value, dims, "the greatest of all is chosen")
         call.counts(tuple(atom for dim in dims for atom in dim))
         return tuple([()] * len(call.shape))
     axis = axis_of(call, value)
-    call.pin([dims[axis]], Pin.TOPK, "the greatest along it is chosen")
+    _chosen(call, value, [dims[axis]], "the greatest along it is chosen")
     call.gathers(dims[axis], (value, axis), neutral=_least(call))
     call.counts(dims[axis])
     return call.without(dims, [axis])
@@ -272,7 +282,7 @@ def extreme(call: Call) -> Several:
     axis = axis_of(call, value)
     name = str(call.node.target)
     if "max" in name or "min" in name:
-        call.pin([dims[axis]], Pin.TOPK, "the greatest along it is chosen")
+        _chosen(call, value, [dims[axis]], "the greatest along it is chosen")
         call.gathers(dims[axis], (value, axis), neutral=_least(call))
     else:
         call.pin([dims[axis]], Pin.COUNT, "chosen by rank along it")

@@ -20,7 +20,7 @@ _END = 2**62
 
 def cut(call: Call, dim: Dim, sizes: Sequence[Size]) -> list[Dim]:
     """An axis as parts of these sizes, which it is found to be a sum of."""
-    call.chooses()
+    call.chooses(dim)
     found = [fresh(size) for size in sizes]
     if len([size for size in sizes if not same_size(size, 0)]) == 1:
         return [piece if same_size(size, 0) else dim for piece, size in zip(found, sizes, strict=True)]
@@ -103,7 +103,7 @@ def _strided(call: Call, dim: Dim, size: Size, step: Any) -> Dim:
     is taken."""
     start, whole = call.given("start") or 0, size_of(dim)
     if isinstance(step, int) and isinstance(start, int) and 0 <= start < step and same_size(size * step, whole):
-        call.chooses()
+        call.chooses(dim)
         outer = fresh(size)
         call.join(dim, (*outer, Sum([()] * step)))
         end = call.given("end")
@@ -157,7 +157,7 @@ def unbind(call: Call) -> Several:
     value = call.operand
     dims = call.dims(value)
     dim = dims.pop(axis_of(call, value))
-    call.chooses()
+    call.chooses(dim)
     if len(call.shapes) > 1:
         call.join(dim, (Sum([()] * len(call.shapes)),))
     for k in range(len(call.shapes)):

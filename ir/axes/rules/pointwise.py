@@ -67,6 +67,7 @@ def copied(call: Call) -> Label:
 @rule("aten.zeros_like", "aten.ones_like", "aten.full_like", "aten.empty_like", "aten.rand_like", "aten.randn_like")
 def sized_like(call: Call) -> Label:
     value = call.operand
+    call.looks_not(value)
     return tuple(call.dims(value))
 
 

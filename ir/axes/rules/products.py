@@ -148,7 +148,7 @@ def grouped_mm(call: Call) -> Label:
     call.join(a[-1], b[-2])
     call.gathers(a[-1], (rows, -1), (matrices, -2))
     call.join(b[0], call.dims(offsets)[0])
-    call.chooses()
+    call.chooses(b[0])
     return (a[0], b[-1])
 
 

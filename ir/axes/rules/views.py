@@ -118,7 +118,9 @@ def squeeze(call: Call) -> Label:
     dims, sizes = call.dims(value), call.sizes(value)
     named = call.node.args[1] if len(call.node.args) > 1 else range(len(dims))
     axes = {int(k) % max(len(dims), 1) for k in ([named] if isinstance(named, int) else named)}  # type: ignore[arg-type, union-attr]
-    return tuple(dim for k, dim in enumerate(dims) if k not in axes or not same_size(sizes[k], 1))
+    gone = [k for k in axes if same_size(sizes[k], 1)] if dims else []
+    call.axes.squeezes.append((call.node, sorted(gone)))
+    return tuple(dim for k, dim in enumerate(dims) if k not in gone)
 
 
 @rule("aten.expand", "aten.broadcast_to", "aten.expand_as")

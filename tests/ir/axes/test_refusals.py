@@ -17,6 +17,8 @@ WANTED: dict[Pin, str] = {
     Pin.MISALIGNED: "misaligned views",
     Pin.ENUM: "pad",
     Pin.ORDER: "flip",
+    Pin.TIES: "argmax of what may be equal",
+    Pin.ARRANGED: "sort",
     Pin.DATA_INDEX: "index of a table by data",
     Pin.OBSERVED: "argmax as a number",
     Pin.ARANGE_BOTH: "arange as both",
