@@ -25,7 +25,15 @@ _ALLOWED_OF_HALVES = 5e-2
 def refuse_disagreement(model: nn.Module, program: Program, examples: Mapping[str, torch.Tensor]) -> None:
     """Raise UnsupportedError if the logits of a prompt, or of the token after it, are not the model's; UsageError if
     the caches do not hold the prompt of the model's example, where images stand in it."""
-    pairs = _sourced(model, program) if ENCODE in program.entries else _prompted(model, program, examples)
+    try:
+        sourced = ENCODE in program.entries
+        pairs = list(_sourced(model, program) if sourced else _prompted(model, program, examples))
+    except (IndexError, RuntimeError) as problem:
+        raise UnsupportedError(
+            f"{type(model).__name__} cannot be captured with a cache of {cache_size(program)[1]} tokens",
+            why=f"it does not run on so many: {str(problem).splitlines()[0]}",
+            hint="capture with a shorter cache, of as many tokens as it has positions for at most",
+        ) from problem
     for name, ours, theirs in pairs:
         difference = float((ours - theirs).norm() / theirs.norm())
         if not difference <= _ALLOWED.get(theirs.dtype, _ALLOWED_OF_HALVES):
@@ -40,10 +48,11 @@ def refuse_disagreement(model: nn.Module, program: Program, examples: Mapping[st
 def _prompted(
     model: Any, program: Program, examples: Mapping[str, torch.Tensor]
 ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """What prompts give here and there; the first of them is shorter, and padded on the left."""
+    """What prompts give here and there that fill the cache but for one token; the first of them is shorter, and padded
+    on the left."""
     batch, length = cache_size(program)
     given: dict[str, torch.Tensor] = {}
-    tokens = min(5, length - 1)
+    tokens = length - 1
     if VISION in program.entries:
         tokens = examples["input_ids"].shape[1]
         if tokens >= length:
@@ -64,11 +73,11 @@ def _prompted(
         prompt[FEATURES] = _run(program, VISION, given).results[0]
     first = _run(program, PREFILL, prompt)
     second = _run(with_states(program, first.states), DECODE, step)
-    for row in range(batch):
+    for row in sorted({0, batch - 1}):
         ids = whole[row, : tokens - 1] if row == 0 else whole[row]
         ids = torch.cat([ids, step["input_ids"][row]])[None]
         own = {name: value[row : row + 1] for name, value in given.items()}
-        said = _logits(model(input_ids=ids, attention_mask=torch.ones_like(ids), **own))[0]
+        said = _logits(model, input_ids=ids, attention_mask=torch.ones_like(ids), **own)
         yield PREFILL, first.results[0][row, -1], said[-2]
         yield DECODE, second.results[0][row, -1], said[-1]
 
@@ -85,9 +94,9 @@ def _sourced(model: Any, program: Program) -> Iterator[tuple[str, torch.Tensor, 
     first = _run(program, ENCODE, given)
     after = given | {"decoder_input_ids": then, "cache_position": torch.tensor([1])}
     second = _run(with_states(program, first.states), DECODE, after)
-    for row in range(batch):
+    for row in sorted({0, batch - 1}):
         own = ids[row : row + 1, : int(mask[row].sum())]
-        said = _logits(model(input_ids=own, decoder_input_ids=torch.tensor([[2, 3]])))[0]
+        said = _logits(model, input_ids=own, decoder_input_ids=torch.tensor([[2, 3]]))
         yield ENCODE, first.results[0][row, -1], said[0]
         yield DECODE, second.results[0][row, -1], said[1]
 
@@ -97,5 +106,6 @@ def _run(program: Program, name: str, given: Mapping[str, torch.Tensor]) -> Outc
     return evaluate(program, entry, [given[declared.name] for declared in entry.inputs])
 
 
-def _logits(found: Any) -> torch.Tensor:
-    return found["logits"]  # type: ignore[no-any-return]
+def _logits(model: Any, **inputs: torch.Tensor) -> torch.Tensor:
+    """The model's own logits of one sequence, (tokens, vocabulary)."""
+    return model(**inputs)["logits"][0]  # type: ignore[no-any-return]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from laconic.ir.errors import UnsupportedError, UsageError
 from laconic.ir.hf_agreement import refuse_disagreement
 from laconic.ir.hf_causal import capture_causal
 from laconic.ir.hf_seq2seq import capture_both
+from laconic.ir.hf_static import not_cached
 from laconic.ir.hf_towers import capture_towers, image_token
 from laconic.ir.past import PAST
 from laconic.ir.program import Program
@@ -23,13 +25,9 @@ def capture_cached(model: nn.Module, forward: Program, *, batch: int, length: in
     so many tokens: `prefill` of prompts of 2 tokens to all but one, and `decode` of one; of an encoder with a decoder,
     `encode` of a source of as many tokens, and `decode`; where images stand among tokens, `vision` too.
 
-    Raises UsageError for sizes that hold nothing, UnsupportedError for a model whose cache is not of this kind, or
-    whose logits are not those of the entries.
+    Raises UsageError for caches beyond the machine's memory, UnsupportedError for a model whose cache is not of this
+    kind, or whose logits are not those of the entries.
     """
-    if batch < 1 or length < 3:
-        raise UsageError(
-            f"a cache of {batch} sequences of {length} tokens", hint="at least one sequence of three tokens"
-        )
     examples = _examples(forward)
     with inference(model):
         entries, facts = _entries(model, examples, batch, length)
@@ -50,8 +48,19 @@ def with_entries(
     if cache is not None and towers:
         raise UsageError("either a cache or towers", why="with a cache, a model that sees has the entry 'vision' too")
     if cache is not None:
-        return capture_cached(model, program, batch=cache[0], length=cache[1])
+        batch, length = _size(cache)
+        return capture_cached(model, program, batch=batch, length=length)
     return capture_pair(model, program) if towers else program
+
+
+def _size(cache: Any) -> tuple[int, int]:
+    """The sequences and tokens of a cache. Raises UsageError for what holds nothing, or says no size."""
+    sizes = tuple(cache) if isinstance(cache, (tuple, list)) else ()
+    if len(sizes) != 2 or not all(type(size) is int for size in sizes) or sizes[0] < 1 or sizes[1] < 3:
+        raise UsageError(
+            f"a cache of {cache!r}", hint="sequences and tokens, as (4, 2048): at least one sequence of three tokens"
+        )
+    return sizes
 
 
 def capture_pair(model: nn.Module, forward: Program) -> Program:
@@ -83,22 +92,19 @@ def _entries(
             entries = capture_causal(model, examples, batch=batch, length=length)
             token = image_token(model)
             facts |= {} if token is None else {"image_token": token}
-    except (AttributeError, TypeError, ImportError, StopIteration) as problem:
-        raise _not_cached(model, str(problem).splitlines()[0]) from problem
+    except (AttributeError, TypeError, ImportError) as problem:
+        raise not_cached(model, str(problem).splitlines()[0]) from problem
+    except UnsupportedError as problem:
+        refused = not_cached(model, problem.why or problem.what)
+        if problem.what == refused.what:
+            raise
+        raise UnsupportedError(refused.what, where=problem.where, why=refused.why, hint=refused.hint) from problem
     for name, program in entries.items():
         states = {f"{part}_cache_{k}" for part in ("key", "value") for k in range(_layers(program))}
         missing = states - program.forward.updated()
         if name in PAST and (missing or not states):
-            raise _not_cached(model, f"{name} does not write into {', '.join(sorted(missing)[:4]) or 'any'}")
+            raise not_cached(model, f"{name} does not write into {', '.join(sorted(missing)[:4]) or 'any'}")
     return entries, facts
-
-
-def _not_cached(model: nn.Module, why: str) -> UnsupportedError:
-    return UnsupportedError(
-        f"{type(model).__name__} cannot be captured with a cache",
-        why=why,
-        hint="models of transformers with attention in every layer can",
-    )
 
 
 def _layers(program: Program) -> int:

@@ -16,7 +16,7 @@ from torch.export import Dim
 
 from laconic.ir.capture import capture_module
 from laconic.ir.errors import UnsupportedError
-from laconic.ir.hf_static import WithStaticCaches
+from laconic.ir.hf_static import WithStaticCaches, kept_by, past_of
 from laconic.ir.hf_towers import Reader, capture_vision, image_token
 from laconic.ir.past import DECODE, FEATURES, PIXELS, PREFILL, VISION, example
 from laconic.ir.program import Program
@@ -27,7 +27,8 @@ class WithCache(WithStaticCaches):
 
     def __init__(self, model: nn.Module, batch: int, length: int) -> None:
         super().__init__(model)
-        self.cache = self.add_cache(batch, length)
+        past = past_of(model, {"input_ids": torch.full((1, 2), 2)})
+        self.cache = self.add_cache(kept_by(model, past), batch, length)
         takes = inspect.signature(model.forward).parameters
         self._last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self._positions = "position_ids" in takes

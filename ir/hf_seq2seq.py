@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from laconic.ir.capture import capture_module
-from laconic.ir.hf_static import WithStaticCaches
+from laconic.ir.hf_static import WithStaticCaches, kept_by, past_of
 from laconic.ir.past import DECODE, ENCODE
 from laconic.ir.program import Program
 
@@ -25,7 +25,10 @@ class WithBothCaches(WithStaticCaches):
     def __init__(self, model: nn.Module, batch: int, source: int, length: int, *, first: bool) -> None:
         super().__init__(model)
         self.first = first
-        self.own, self.cross = self.add_cache(batch, length), self.add_cache(batch, source, "cross_")
+        some = torch.full((1, 2), 2)
+        past = past_of(model, {"input_ids": some, "decoder_input_ids": some})
+        self.own = self.add_cache(kept_by(model, past.self_attention_cache), batch, length)
+        self.cross = self.add_cache(kept_by(model, past.cross_attention_cache), batch, source, "cross_")
         self.hidden = (batch, source, int(self.config.hidden_size))
 
     def forward(

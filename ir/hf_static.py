@@ -3,10 +3,14 @@ into at the places that `cache_position` names."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
+
+from laconic.ir.errors import UnsupportedError, UsageError
 
 
 class WithStaticCaches(nn.Module):
@@ -20,22 +24,17 @@ class WithStaticCaches(nn.Module):
         self.model = model
         self.config: Any = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
 
-    def add_cache(self, batch: int, length: int, prefix: str = "") -> Any:
-        """A cache of so many sequences and tokens for all layers of the decoder."""
+    def add_cache(self, kept: Sequence[Kept], batch: int, length: int, prefix: str = "") -> Any:
+        """A cache of so many sequences and tokens for layers that keep such keys and values."""
         from transformers.cache_utils import Cache, StaticLayer
 
-        config = self.config
-        count = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
-        width = width or config.hidden_size // config.num_attention_heads
-        weight = next(self.model.parameters())
-        cache = Cache(layers=[StaticLayer(max_cache_len=length) for _ in range(count)])
-        cache.early_initialization(batch, heads, width, weight.dtype, weight.device)
-        for k, layer in enumerate(cast(list[Any], cache.layers)):
+        _refuse_beyond_memory(kept, batch, length)
+        layers: list[Any] = [StaticLayer(max_cache_len=length) for _ in kept]
+        for k, (layer, (keys, values)) in enumerate(zip(layers, kept, strict=True)):
+            layer.lazy_initialization(*(t[:1].expand(batch, *t.shape[1:]) for t in (keys, values)))
             self.register_buffer(f"{prefix}key_cache_{k}", layer.keys, persistent=False)
             self.register_buffer(f"{prefix}value_cache_{k}", layer.values, persistent=False)
-        return cache
+        return Cache(layers=layers)
 
     def hold(self, cache: Any, place: torch.Tensor, prefix: str = "") -> None:
         """Let a cache hold this module's buffers, to be written into from this place on."""
@@ -43,3 +42,45 @@ class WithStaticCaches(nn.Module):
             layer.keys = getattr(self, f"{prefix}key_cache_{k}")
             layer.values = getattr(self, f"{prefix}value_cache_{k}")
             layer.cumulative_length = place.clone()
+
+
+#: What a layer keeps of some tokens: keys and values, (batch, heads, tokens, width).
+Kept = tuple[torch.Tensor, torch.Tensor]
+
+
+@torch.no_grad()
+def past_of(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Any:
+    """What the model itself keeps of these inputs."""
+    return model(**inputs, use_cache=True).past_key_values
+
+
+def kept_by(model: nn.Module, past: Any) -> list[Kept]:
+    """What each layer keeps. Raises UnsupportedError if a layer keeps no keys and values."""
+    found = []
+    for k, layer in enumerate(getattr(past, "layers", ())):
+        keys, values = (getattr(layer, name, None) for name in ("keys", "values"))
+        if not (isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor) and keys.dim() == 4):
+            raise not_cached(model, f"its layer {k} keeps a {type(layer).__name__}, and no keys and values")
+        found.append((keys, values))
+    if not found:
+        raise not_cached(model, f"it keeps a {type(past).__name__}, and no keys and values of layers")
+    return found
+
+
+def not_cached(model: nn.Module, why: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{type(model).__name__} cannot be captured with a cache",
+        why=why,
+        hint="models of transformers with attention in every layer can",
+    )
+
+
+def _refuse_beyond_memory(kept: Sequence[Kept], batch: int, length: int) -> None:
+    width = sum(t.shape[1] * t.shape[3] * t.element_size() for layer in kept for t in layer)
+    most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if width * batch * length > most:
+        raise UsageError(
+            f"caches of {batch} sequences of {length} tokens take {width * batch * length / 2**30:.0f} GiB",
+            why=f"{width} bytes a token; the machine has {most / 2**30:.0f} GiB",
+            hint="capture with fewer sequences, or shorter ones",
+        )

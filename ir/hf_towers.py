@@ -58,9 +58,8 @@ class Reader(nn.Module):
         if image_features is not None:
             words = placed(words, image_features, input_ids == self.config.image_token_id)
         found = self.model.get_decoder()(inputs_embeds=words, position_ids=position_ids, **settings)
-        return SimpleNamespace(
-            logits=self.model.get_output_embeddings()(found.last_hidden_state[:, -logits_to_keep:]),
-        )
+        logits = self.model.get_output_embeddings()(found.last_hidden_state[:, -logits_to_keep:])
+        return SimpleNamespace(logits=logits, past_key_values=found.past_key_values)
 
 
 class Text(nn.Module):

@@ -23,7 +23,7 @@ from laconic.ir.types import Size, same_size
 
 #: How often a factor may be cut where another axis ends, before cutting it again is given up: `x[1:] - x[:-1]` would
 #: cut for ever.
-_DEEPEST = 8
+_DEEPEST = 64
 
 
 class Pin(StrEnum):

@@ -10,7 +10,8 @@ import torch
 from laconic.codegen.backend.programs import CompiledModel
 from laconic.generate import ProgramDecoder, generate
 from laconic.generate.compiled import CompiledDecoder
-from laconic.generate.loop import Choice, Prompts
+from laconic.generate.loop import Choice
+from laconic.generate.prompts import Prompts
 from laconic.ir.program import Kind
 from laconic.ir.run import Runnable
 
@@ -47,7 +48,7 @@ class Model(Runnable):
         top_p: float | None = None,
         repetition_penalty: float | None = None,
         eos_token_id: int | Sequence[int] | None = None,
-        pad_token_id: int = 0,
+        pad_token_id: int | None = 0,
         decoder_start_token_id: int | None = None,
         seed: int | None = None,
         logits_processor: Iterable[Any] = (),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -51,6 +52,14 @@ MODELS: dict[str, Callable[[], Case]] = {
     "opt": small(hf.OPTConfig, hf.OPTForCausalLM, ffn_dim=64, word_embed_proj_dim=32),
     "qwen2": small(hf.Qwen2Config, hf.Qwen2ForCausalLM, num_key_value_heads=2, intermediate_size=64),
     "neox": small(hf.GPTNeoXConfig, hf.GPTNeoXForCausalLM, intermediate_size=64),
+    "falcon": small(hf.FalconConfig, hf.FalconForCausalLM, multi_query=True, new_decoder_architecture=False),
+    "deepseek": small(
+        hf.DeepseekV3Config,
+        hf.DeepseekV3ForCausalLM,
+        **{"num_key_value_heads": 4, "intermediate_size": 64, "moe_intermediate_size": 16, "n_routed_experts": 4},
+        **{"num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "kv_lora_rank": 16, "q_lora_rank": 16},
+        **{"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 4, "first_k_dense_replace": 1},
+    ),
     "phi3": small(hf.Phi3Config, hf.Phi3ForCausalLM, num_key_value_heads=2, intermediate_size=64),
 }
 
@@ -140,6 +149,26 @@ def test_logits_of_a_padded_batch_are_those_of_single_runs(decoder: tuple[nn.Mod
         for a, b in zip(together, seen, strict=True):
             torch.testing.assert_close(a[row], b[0], rtol=1e-5, atol=1e-5)
         seen.clear()
+
+
+def test_penalties_are_of_the_prompt_and_not_of_its_padding(decoder: tuple[nn.Module, laconic.Result]) -> None:
+    module, result = decoder
+    for penalty in (1.3, 2.0):
+        ours = result.model.generate(PROMPTS, max_new_tokens=NEW, repetition_penalty=penalty)
+        assert ours[:, -NEW:].tolist() == theirs(module, PROMPTS, repetition_penalty=penalty)
+
+
+def test_prompts_criteria_and_ends_of_other_types(decoder: tuple[nn.Module, laconic.Result]) -> None:
+    """Arrays and tensors as prompts, criteria that say one thing of all, ends as a tensor, no token that pads."""
+    _, result = decoder
+    plain = result.model.generate(PROMPTS, max_new_tokens=NEW)
+    others: list[Any] = [[torch.tensor(p) for p in PROMPTS], [np.array(p) for p in PROMPTS], tuple(map(tuple, PROMPTS))]
+    for prompts in others:
+        assert torch.equal(result.model.generate(prompts, max_new_tokens=NEW, pad_token_id=None), plain)
+    stopped = result.model.generate(PROMPTS, max_new_tokens=NEW, stopping_criteria=[lambda ids, _: ids.shape[1] >= 9])
+    assert torch.equal(stopped, plain[:, :9])
+    end: Any = plain[0, -NEW]
+    assert torch.equal(*(result.model.generate(PROMPTS, max_new_tokens=NEW, eos_token_id=e) for e in (end, [int(end)])))
 
 
 def test_a_sequence_ends_and_is_padded(decoder: tuple[nn.Module, laconic.Result]) -> None:
@@ -312,6 +341,27 @@ def test_the_command_line_captures_with_a_cache(tmp_path: Path, capfd: pytest.Ca
         ({"prompts": []}, "there is no prompt, or an empty one", "one token at least"),
         ({"prompts": [[1]], "max_new_tokens": 0}, "max_new_tokens is 0", "one token at least"),
         ({"prompts": torch.ones(3, dtype=torch.long)}, "prompts are (3,)", "(sequences, tokens)"),
+        ({"prompts": torch.ones(2, 3)}, "prompts are (2, 3) of torch.float32", "token ids"),
+        ({"prompts": torch.ones(0, 3, dtype=torch.long)}, "there is no prompt", "one token at least"),
+        ({"prompts": [1, 2, 3]}, "a prompt is a int, and no list of token ids", "[[5, 6, 7], [9, 8]]"),
+        ({"prompts": ["once", "upon"]}, "a prompt is a str", "a tokenizer makes them of text"),
+        ({"prompts": [[1.5, 2]]}, "a prompt is a list, and no list of token ids", "tokenizer"),
+        ({"prompts": [[1, 100]]}, "does not know the token 100 of prompts", "from 0 to 99"),
+        ({"prompts": [[-1, 1]]}, "does not know the token -1 of prompts", "from 0 to 99"),
+        ({"prompts": [[1]], "pad_token_id": -1}, "does not know the token -1 of pad_token_id", "from 0 to 99"),
+        ({"prompts": [[1]], "eos_token_id": 100}, "does not know the token 100 of eos_token_id", "from 0 to 99"),
+        ({"prompts": [[1]], "attention_mask": torch.ones(1, 1)}, "an attention_mask beside lists", "as they are"),
+        (
+            {"prompts": torch.ones(2, 2, dtype=torch.long), "attention_mask": torch.tensor([[1, 1], [0, 0]])},
+            "or an empty one",
+            "one token at least",
+        ),
+        ({"prompts": [[1]], "max_new_tokens": 2.5}, "max_new_tokens is 2.5", "one token at least"),
+        ({"prompts": [[1]], "temperature": 0}, "temperature is 0", "do_sample=False"),
+        ({"prompts": [[1]], "top_p": 2.0}, "top_p is 2.0", "1 at most"),
+        ({"prompts": [[1]], "top_k": -1}, "top_k is -1", "1 or more"),
+        ({"prompts": [[1]], "repetition_penalty": 0.0}, "repetition_penalty is 0.0", "1 changes nothing"),
+        ({"prompts": [[1]], "pixel_values": torch.zeros(1, 3, 4, 4)}, "captured without images", "leave them out"),
     ],
 )
 def test_misfits_are_refused_with_numbers(
@@ -350,9 +400,22 @@ def test_a_cache_that_is_not_known_is_refused_with_the_reason() -> None:
     with pytest.raises(UnsupportedError, match="Linear cannot be captured with a cache") as caught:
         laconic.capture(plain, torch.randn(2, 3), cache=(1, 8))
     assert "models of transformers with attention" in str(caught.value)
-    for cache in ((0, 8), (1, 2)):
+    wrong: list[Any] = [(0, 8), (1, 2), (3,), 3, "3x24", (3, 24, 2), (1.5, 9), (True, 9)]
+    for cache in wrong:
         with pytest.raises(UsageError, match="a cache of"):
             laconic.capture(plain, torch.randn(2, 3), cache=cache)
+
+
+def test_a_cache_beyond_memory_or_positions_is_refused() -> None:
+    torch.manual_seed(0)
+    module, inputs, _ = gpt2()
+    program = capture_module(module.eval(), (), inputs, None)
+    with pytest.raises(UsageError, match=r"take .* GiB") as caught:
+        capture_cached(module, program, batch=10**6, length=10**6)
+    assert "the machine has" in str(caught.value)
+    with pytest.raises(UnsupportedError, match="cannot be captured with a cache of 200 tokens") as refused:
+        capture_cached(module, program, batch=1, length=200)
+    assert "it does not run on so many" in str(refused.value)
 
 
 @pytest.mark.slow

@@ -51,6 +51,11 @@ class Decoder(ABC):
 
     @property
     @abstractmethod
+    def vocabulary(self) -> int:
+        """How many tokens there are."""
+
+    @property
+    @abstractmethod
     def cache_bytes(self) -> int:
         """The bytes of all caches."""
 
@@ -93,6 +98,12 @@ class ProgramDecoder(Decoder):
         kind = type_of(node.meta["val"])
         assert isinstance(kind, TensorType)
         return torch.zeros(kind.shape, dtype=kind.dtype, device=kind.device)
+
+    @property
+    def vocabulary(self) -> int:
+        entry = self._entries[DECODE]
+        logits = next(v for o, v in zip(entry.outputs, entry.output_values, strict=True) if o.name == "logits")
+        return int(logits.meta["val"].shape[-1])
 
     @property
     def cache_bytes(self) -> int:

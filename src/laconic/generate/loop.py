@@ -9,10 +9,9 @@ from typing import Any
 import torch
 
 from laconic.generate.decoding import Decoder
+from laconic.generate.prompts import Prompts, refuse_misfits, refuse_other_images, side_by_side
 from laconic.ir.errors import UsageError
-from laconic.ir.past import FEATURES, PIXELS, PREFILL, VISION
-
-Prompts = torch.Tensor | Sequence[Sequence[int]]
+from laconic.ir.past import PIXELS
 
 
 @dataclass(frozen=True)
@@ -25,21 +24,44 @@ class Choice:
     top_p: float | None = None
     repetition_penalty: float | None = None
 
-    def processors(self, more: Iterable[Any]) -> Any:
-        """transformers' logits processors for these settings, then those given."""
+    def __post_init__(self) -> None:
+        """Raise UsageError for a setting out of range."""
+        for name, value, right, range_ in (
+            (
+                "temperature",
+                self.temperature,
+                self.temperature > 0,
+                "above 0; do_sample=False takes the likeliest",
+            ),
+            ("top_k", self.top_k, self.top_k is None or self.top_k >= 0, "1 or more, or None"),
+            ("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "above 0, and 1 at most"),
+            (
+                "repetition_penalty",
+                self.repetition_penalty,
+                self.repetition_penalty is None or self.repetition_penalty > 0,
+                "above 0; 1 changes nothing",
+            ),
+        ):
+            if not right:
+                raise UsageError(f"{name} is {value}", hint=range_)
+
+    def processors(self, more: Iterable[Any], padding: torch.Tensor) -> Any:
+        """transformers' logits processors for these settings, then those given; `padding` (sequences,) tells how many
+        places in front of each prompt hold none of it."""
         import transformers as hf
 
         found = hf.LogitsProcessorList()
         if self.repetition_penalty is not None and self.repetition_penalty != 1.0:
-            found.append(hf.RepetitionPenaltyLogitsProcessor(penalty=self.repetition_penalty))
+            penalty = float(self.repetition_penalty)
+            found.append(hf.RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=padding))
         found.extend(more)
         if self.do_sample:
             if self.temperature != 1.0:
-                found.append(hf.TemperatureLogitsWarper(self.temperature))
+                found.append(hf.TemperatureLogitsWarper(float(self.temperature)))
             if self.top_k:
                 found.append(hf.TopKLogitsWarper(top_k=self.top_k))
             if self.top_p is not None and self.top_p < 1.0:
-                found.append(hf.TopPLogitsWarper(top_p=self.top_p))
+                found.append(hf.TopPLogitsWarper(top_p=float(self.top_p)))
         return found
 
 
@@ -51,7 +73,7 @@ def generate(
     pixel_values: torch.Tensor | None = None,
     max_new_tokens: int = 20,
     eos_token_id: int | Sequence[int] | None = None,
-    pad_token_id: int = 0,
+    pad_token_id: int | None = 0,
     decoder_start_token_id: int | None = None,
     choice: Choice | None = None,
     seed: int | None = None,
@@ -71,21 +93,24 @@ def generate(
 
     Raises UsageError for prompts that do not fit the cache, empty ones, or settings out of range.
     """
-    ids, mask = _padded(prompts, attention_mask, pad_token_id)
-    given, width = ids.shape
-    _refuse_misfits(decoder, given, width, max_new_tokens)
-    _refuse_other_images(decoder, ids, pixel_values)
+    pad = 0 if pad_token_id is None else pad_token_id
+    start = pad if decoder_start_token_id is None else decoder_start_token_id
+    ends = torch.as_tensor([] if eos_token_id is None else eos_token_id, dtype=torch.long).reshape(-1)
+    ids, mask = side_by_side(prompts, attention_mask, pad)
+    given = len(ids)
+    named = {"pad_token_id": [pad], "eos_token_id": ends.tolist(), "decoder_start_token_id": [start]}
+    refuse_misfits(decoder, ids, max_new_tokens, named)
+    refuse_other_images(decoder, ids, pixel_values)
     choice = choice or Choice()
+    padding = (mask == 0).sum(1)
     rows = torch.arange(decoder.batch).clamp(max=given - 1)  # sequences that nobody asked for repeat the last one
     images = {} if pixel_values is None else {PIXELS: pixel_values[rows]}
     steps: _Steps | _SourceSteps = _Steps(decoder, ids[rows], mask[rows], images)
     if decoder.source is not None:
-        start = pad_token_id if decoder_start_token_id is None else decoder_start_token_id
         steps = _SourceSteps(decoder, decoder.source, ids[rows], mask[rows], start)
-        ids = torch.full((given, 1), start)
-    processors = choice.processors(logits_processor)
+        ids, padding = torch.full((given, 1), start), torch.zeros_like(padding)
+    processors = choice.processors(logits_processor, padding)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    ends = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ()), dtype=torch.long)
     going = torch.ones(given, dtype=torch.bool)
     said = ids
     if hasattr(streamer, "put"):
@@ -94,12 +119,12 @@ def generate(
     for step in range(max_new_tokens):
         scores = processors(said, logits.float())
         token = _chosen(scores, choice.do_sample, generator)
-        token = torch.where(going, token, torch.full_like(token, pad_token_id))
+        token = torch.where(going, token, torch.full_like(token, pad))
         said = torch.cat([said, token[:, None]], 1)
         _stream(streamer, token)
         going &= ~torch.isin(token, ends)
         for criterion in stopping_criteria:
-            going &= ~criterion(said, scores)
+            going &= ~torch.as_tensor(criterion(said, scores), dtype=torch.bool)
         if not bool(going.any()) or step == max_new_tokens - 1:
             break
         logits = steps.token(token[rows])[:given]
@@ -182,85 +207,3 @@ def _chosen(scores: torch.Tensor, sample: bool, generator: torch.Generator | Non
 def _stream(streamer: Any, token: torch.Tensor) -> None:
     if streamer is not None:
         (streamer.put if hasattr(streamer, "put") else streamer)(token)
-
-
-def _padded(prompts: Prompts, mask: torch.Tensor | None, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts as (sequences, tokens) with padding on the left, and 1 where there is a token."""
-    if isinstance(prompts, torch.Tensor):
-        if prompts.dim() != 2 or (mask is not None and mask.shape != prompts.shape):
-            raise UsageError(
-                f"prompts are {tuple(prompts.shape)}"
-                + (f", their mask {tuple(mask.shape)}" if mask is not None else ""),
-                hint="token ids (sequences, tokens), and a mask of the same shape",
-            )
-        if mask is None:
-            return prompts.long(), torch.ones_like(prompts, dtype=torch.long)
-        rows = [row[own.bool()].tolist() for row, own in zip(prompts, mask, strict=True)]
-        if torch.equal(mask.long(), mask.long().cummax(1).values):  # padded on the left already
-            return prompts.long(), mask.long()
-        return _padded(rows, None, pad)
-    if not prompts or not all(prompts):
-        raise UsageError("there is no prompt, or an empty one", hint="each prompt needs one token at least")
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), pad, dtype=torch.long)
-    found = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
-        found[row, width - len(prompt) :] = 1
-    return ids, found
-
-
-def _refuse_misfits(decoder: Decoder, sequences: int, width: int, more: int) -> None:
-    if sequences > decoder.batch:
-        raise UsageError(
-            f"there are {sequences} prompts, and the cache holds {decoder.batch}",
-            hint=f"give {decoder.batch} at a time, or capture with a larger cache",
-        )
-    if more < 1:
-        raise UsageError(f"max_new_tokens is {more}", hint="one token at least")
-    if decoder.source is not None:
-        if width > decoder.source:
-            raise UsageError(
-                f"the longest source has {width} tokens, and its cache holds {decoder.source}",
-                hint="shorten it, or capture with a longer cache",
-            )
-        if more > decoder.length:
-            raise UsageError(
-                f"{more} new tokens need a cache of {more}", why=f"it holds {decoder.length}", hint="ask for fewer"
-            )
-        return
-    if max(width, 2) >= decoder.length:
-        raise UsageError(
-            f"the longest prompt has {width} tokens, and the cache holds {decoder.length}",
-            why="the prompt and what is generated stand in it",
-            hint="shorten the prompt, or capture with a longer cache",
-        )
-    if max(width, 2) + more - 1 > decoder.length:
-        raise UsageError(
-            f"a prompt of {width} tokens and {more} new ones need a cache of {max(width, 2) + more - 1}",
-            why=f"it holds {decoder.length}",
-            hint=f"max_new_tokens={decoder.length - max(width, 2) + 1}, or capture with a longer cache",
-        )
-
-
-def _refuse_other_images(decoder: Decoder, ids: torch.Tensor, pixels: torch.Tensor | None) -> None:
-    if decoder.image_token is None:
-        if pixels is not None:
-            raise UsageError(f"there are {PIXELS}, and the model was captured without images", hint="leave them out")
-        return
-    counts = (ids == decoder.image_token).sum(1).tolist()
-    features = decoder.takes(PREFILL, FEATURES).shape[1]
-    wanted = (0, features) if pixels is not None else (0,)
-    for row, count in enumerate(counts):
-        if count not in wanted:
-            raise UsageError(
-                f"prompt {row} has {count} image tokens ({decoder.image_token})",
-                why=f"an image has {features} features" if pixels is not None else f"there are no {PIXELS}",
-                hint=f"one token for each feature, and one image for each prompt, as {PIXELS}",
-            )
-    if pixels is not None:
-        image = tuple(decoder.takes(VISION, PIXELS).shape[1:])
-        if pixels.dim() != 4 or len(pixels) != len(ids) or tuple(pixels.shape[1:]) != image:
-            raise UsageError(
-                f"{PIXELS} are {tuple(pixels.shape)}", hint=f"{(len(ids), *image)}: one image for each prompt"
-            )

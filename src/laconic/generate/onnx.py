@@ -61,6 +61,11 @@ class OnnxDecoder(Decoder):
         return self._declared[name][given].zeros()
 
     @property
+    def vocabulary(self) -> int:
+        outputs = self._sessions[DECODE].session.get_outputs()
+        return int(next(output for output in outputs if output.name == "logits").shape[-1])
+
+    @property
     def cache_bytes(self) -> int:
         return sum(cache.zeros().nbytes for cache in self._caches.values())
 
