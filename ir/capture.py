@@ -276,6 +276,8 @@ def _advice(module: nn.Module, problem: Exception, args: tuple[Any, ...], kwargs
         return "these names share storage, and torch cannot trace one being written: " + ", ".join(shared[:4])
     if "DataDependent" in type(problem).__name__:
         return "rewrite that line without control flow or sizes that depend on tensor values"
+    if "Cache" in str(problem) and "use_cache" in inspect.signature(module.forward).parameters:
+        return "call it with use_cache=False; capture(..., cache=(batch, length)) has caches as states"
     return "see that the model runs in eval mode on these inputs; what torch cannot trace must be rewritten"
 
 

@@ -193,10 +193,11 @@ def cases_beside(program: Program, count: int = 3) -> list[Case]:
 
 
 def cases_again(program: Program, usual: Sequence[Case]) -> list[Case]:
-    """What to judge once more, and for good, where the `usual` cases of `forward` show more than a tolerance allows:
-    these, the failing ones among them, and DRAWN_AGAIN more."""
+    """What to judge once more, and for good, where the `usual` cases show more than a tolerance allows: these, the
+    failing ones among them, and DRAWN_AGAIN more of each entry that has some."""
     log.info("beyond what is allowed on the usual inputs; judged on %d more", DRAWN_AGAIN)
-    drawn = cases(program, program.forward, DRAWN_AGAIN, seed=_SEED_AGAIN)
+    entries = [program.entries[name] for name in dict.fromkeys(case.entry for case in usual)]
+    drawn = [case for entry in entries for case in cases(program, entry, DRAWN_AGAIN, seed=_SEED_AGAIN)]
     return [*usual, *(case for case in drawn if not case.given)]
 
 

@@ -13,7 +13,7 @@ import torch
 
 from laconic.ir.errors import VerificationError
 from laconic.ir.inputs import Case
-from laconic.ir.moves import Moves
+from laconic.ir.moves import Moves, moved
 from laconic.ir.program import Program
 from laconic.ir.run import Outcome, evaluate
 
@@ -42,10 +42,23 @@ class Outcomes:
         A drawn case on which the program itself raises is left out, and logged; a given one raises. Raises
         VerificationError if none is left.
         """
+        return cls._run_all(program, cases, None)
+
+    def again(self, program: Program, moves: Moves | None = None) -> Outcomes:
+        """What another program returns on these cases, each from the states that it began with here, which are where
+        `moves` say: so that a case tells what it does itself, and nothing of what others left. A state that the program
+        holds otherwise begins with what the case before left of it.
+        """
+        return self._run_all(program, self.cases, [_began(program, states, moves or {}) for states in self.began])
+
+    @classmethod
+    def _run_all(
+        cls, program: Program, cases: Sequence[Case], given: Sequence[Mapping[str, torch.Tensor]] | None
+    ) -> Outcomes:
         found = cls([], [], [], [], [])
         left: dict[str, torch.Tensor] = {}
-        for case in cases:
-            began = {} if case.entry == "forward" else left
+        for k, case in enumerate(cases):
+            began = {} if case.entry == "forward" else {**left, **(given[k] if given else {})}
             try:
                 inputs = case.clone()
                 outcome, generator = _run(with_states(program, began), case.entry, inputs)
@@ -74,6 +87,15 @@ class Outcomes:
 
     def __iter__(self) -> Iterator[tuple[Case, Outcome]]:
         return iter(zip(self.cases, self.outcomes, strict=True))
+
+
+def _began(program: Program, states: Mapping[str, torch.Tensor], moves: Moves) -> dict[str, torch.Tensor]:
+    """The states of a case as another program has them, but for those that it holds otherwise."""
+    there = {name: moved(v, moves[name]) if name in moves else v for name, v in states.items()}
+    rows = program.weights
+    return {
+        n: v for n, v in there.items() if n in rows and (v.shape, v.dtype) == (rows[n].value.shape, rows[n].value.dtype)
+    }
 
 
 def run_case(program: Program, case: Case) -> Outcome:

@@ -102,11 +102,11 @@ def _tolerance(program: Program, before: Outcomes, after: Outcomes, rewritten: P
         return  # which also holds where random draws leave no float64 reference
     held = _deviations(program, before, after, moves)
     if rewritten is not None and not all(row.ok for _, row in held):
-        again = Outcomes.of(program, cases_again(program, before.cases)).moved(moves)
-        now = Outcomes.of(rewritten, again.cases)
-        if len(now.cases) != len(again.cases):
+        more = Outcomes.of(program, cases_again(program, before.cases))
+        now = more.again(rewritten, moves)
+        if len(now.cases) != len(more.cases):
             raise VerificationError("the rewritten program does not run on every input that the other one runs on")
-        held = _deviations(program, again, now, moves)
+        held = _deviations(program, more.moved(moves), now, moves)
     for case, row in held:
         if not row.ok:
             raise VerificationError(

@@ -234,7 +234,7 @@ class PassManager:
         if state.captured is None or state.known is None:
             return None
         if result.modified:
-            after = Outcomes.of(result.program, state.captured.cases)
+            after = state.known.again(result.program, result.moves)
             _check_cases(state.captured, after)
             check(item.contract, state.run.program, state.known, after, result.program, result.moves)
             state.known, state.captured = after, state.captured.moved(result.moves)

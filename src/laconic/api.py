@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -82,12 +83,16 @@ def capture(
     left as it was; weights are shared, states copied.
 
     With `cache`, sequences and tokens, a model of transformers that continues text can generate: it gets entries for a
-    prompt (or source) and for one token more, with caches of that size. With `towers`, a model that sees and reads gets
-    the entries `vision` and `text` for its two sides.
+    prompt (or source) and for one token more, with caches of that size; `forward` then has `use_cache=False`, unless
+    you say otherwise. With `towers`, a model that sees and reads gets the entries `vision` and `text` for its two
+    sides.
 
     Raises UnsupportedError with the user's source line if the model cannot be captured.
     """
     if isinstance(model, nn.Module):
+        if cache is not None and "use_cache" in inspect.signature(model.forward).parameters:
+            kwargs.setdefault("use_cache", False)  # what `forward` itself would return
+            dynamic_shapes = dynamic_shapes and {"use_cache": None, **dynamic_shapes}
         return with_entries(model, capture_module(model, args, kwargs, dynamic_shapes), cache=cache, towers=towers)
     if args or kwargs or dynamic_shapes is not None:
         raise UsageError(f"{model} brings its own example inputs", hint="capture(path) takes no others")

@@ -236,7 +236,7 @@ def _compare(program: Program, reread: Program) -> None:
         raise VerificationError("the written program does not read back to the same text")
     try:
         before = Outcomes.of(program, [*cases(program, program.forward), *cases_beside(program)])
-        check(Contract.EXACT, program, before, Outcomes.of(reread, before.cases))
+        check(Contract.EXACT, program, before, before.again(reread))
     except LaconicError as problem:
         raise VerificationError(
             f"the written program does not read back to the same bits: {problem.what}",

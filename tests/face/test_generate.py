@@ -475,6 +475,17 @@ def test_sources_of_different_length_are_answered_as_transformers_does(
 # What a capture is held to
 
 
+def test_what_the_model_caches_by_itself_is_not_asked_for() -> None:
+    torch.manual_seed(0)
+    module, inputs, axes = gpt2()
+    own = {name: value for name, value in inputs.items() if name != "use_cache"}
+    shapes = {name: axis for name, axis in axes.items() if name != "use_cache"}
+    program = laconic.capture(module.eval(), **own, dynamic_shapes=shapes, cache=(1, 8))
+    assert Model(program).generate([[1, 2]], max_new_tokens=3).shape == (1, 5)
+    with pytest.raises(UnsupportedError, match="call it with use_cache=False"):
+        laconic.capture(module.eval(), **own)
+
+
 def test_a_capture_leaves_the_model_as_it_was() -> None:
     """A model in training stays in training; what is captured is in inference."""
     torch.manual_seed(0)
