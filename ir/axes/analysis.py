@@ -16,6 +16,7 @@ from laconic.ir.axes.call import Call
 from laconic.ir.axes.dims import ORDERED, Pin, factors, fresh, pin, size_of
 from laconic.ir.axes.labels import Axes, Label, Several, flat
 from laconic.ir.axes.rules import rule
+from laconic.ir.axes.ties import tied
 from laconic.ir.errors import VerificationError
 from laconic.ir.program import Entry, Kind, Program, Role
 from laconic.ir.torch_private import storage_key
@@ -37,6 +38,7 @@ def analyse(program: Program) -> Axes:
             if node.op == "placeholder":
                 axes.labels[node] = _placeholder(axes, node)
             elif node.op == "call_function":
+                axes.ties[node] = tied(node, axes.ties)
                 axes.labels[node] = _call(axes, node)
                 _held_to_sizes(program, node, axes.labels[node])
         _results(axes, entry)

@@ -82,10 +82,11 @@ class Axes:
 
     `rows` are those of the weight table, one for all entries. Axes end in `gathers`, and in calls that take some of
     their positions and leave the others alone (`choosing`); all else keeps positions apart. `arranged` are the axes in
-    the order of integers, with what these count, and where that was made. `counted` holds the aranges whose values are
-    used as numbers, and where; `indexing` those that choose positions. `scales` are the attention calls whose scale is
-    the default, and the axis that it comes from; `squeezes` the calls that leave out axes of one position, and which.
-    `unknown` are the calls without a rule, with the reason; `misfits` those at which axes did not align.
+    the order of integers, with what these count, and where that was made; `ties` tells by what values may be equal.
+    `counted` holds the aranges whose values are used as numbers, and where; `indexing` those that choose positions.
+    `scales` are the attention calls whose scale is the default, and the axis that it comes from; `squeezes` the calls
+    that leave out axes of one position, and which. `unknown` are the calls without a rule, with the reason; `misfits`
+    those at which axes did not align.
     """
 
     program: Program
@@ -98,6 +99,7 @@ class Axes:
     choosing: dict[fx.Node, list[Dim]] = field(default_factory=dict)
     arranged: list[tuple[Dim, Domain, fx.Node]] = field(default_factory=list)
     domains: dict[tuple[fx.Node, int | None], Domain] = field(default_factory=dict)
+    ties: dict[fx.Node, str | None] = field(default_factory=dict)
     counted: dict[fx.Node, fx.Node] = field(default_factory=dict)
     indexing: dict[fx.Node, fx.Node] = field(default_factory=dict)
     squeezes: list[tuple[fx.Node, list[int]]] = field(default_factory=list)

@@ -7,6 +7,7 @@ argmax takes the first of them, and another one if they are put in another order
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 
 import torch
 from torch import fx
@@ -49,21 +50,20 @@ _KEEP = frozenset(
 _ALL, _ANY = frozenset({"add", "sub"}), frozenset({"mul", "div", "maximum", "minimum", "where"})
 
 
-def tied(value: fx.Node) -> str | None:
-    """The call by which values may be equal, as `relu`; None if they are by chance only."""
-    if value.op != "call_function":
+def tied(node: fx.Node, known: Mapping[fx.Node, str | None]) -> str | None:
+    """The call by which values of this one may be equal, as `relu`, given that of its operands; None if they are by
+    chance only."""
+    if node.target is operator.getitem:
+        return known.get(node.args[0])  # type: ignore[arg-type]
+    if not isinstance(node.target, torch._ops.OpOverload):
         return None
-    if value.target is operator.getitem:
-        return tied(value.args[0])  # type: ignore[arg-type]
-    if not isinstance(value.target, torch._ops.OpOverload):
-        return None
-    kind = type_of(value.meta["val"])
+    kind = type_of(node.meta["val"])
     if isinstance(kind, TensorType) and not kind.dtype.is_floating_point:
-        return f"%{value.name}, which is {kind.dtype}"
-    name = value.target._schema.name.partition("::")[2]
+        return f"%{node.name}, which is {kind.dtype}"
+    name = node.target._schema.name.partition("::")[2]
     if name in _LEVELS:
-        return f"%{value.name} ({name})"
-    operands = [tied(operand) for operand in value.all_input_nodes if _is_tensor(operand)]
+        return f"%{node.name} ({name})"
+    operands = [known.get(operand) for operand in node.all_input_nodes if _is_floating(operand)]
     if name in _KEEP:
         return operands[0] if operands else None
     if name in _ALL:
@@ -71,6 +71,6 @@ def tied(value: fx.Node) -> str | None:
     return next(filter(None, operands), None) if name in _ANY else None
 
 
-def _is_tensor(node: fx.Node) -> bool:
+def _is_floating(node: fx.Node) -> bool:
     kind = type_of(node.meta["val"])
     return not isinstance(kind, TensorType) or kind.dtype.is_floating_point

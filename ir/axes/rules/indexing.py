@@ -14,7 +14,6 @@ from laconic.ir.axes.labels import Label, Several
 from laconic.ir.axes.rules.pointwise import broadcast
 from laconic.ir.axes.rules.table import rule
 from laconic.ir.axes.rules.views import axis_of
-from laconic.ir.axes.ties import tied
 from laconic.ir.types import same_size
 
 
@@ -215,7 +214,7 @@ def looked_up(call: Call) -> Label:
 def _chosen(call: Call, value: fx.Node, dims: list[Dim], reason: str) -> None:
     """Some positions are chosen by what they hold; by their order too, where several may hold the same."""
     call.pin(dims, Pin.TOPK, reason)
-    by = tied(value)
+    by = call.axes.ties.get(value)
     if by is not None:
         call.pin(dims, Pin.TIES, f"{reason}, the first of those that are equal by {by}")
 
