@@ -5,7 +5,7 @@ of what they hold.
     %k = aten.cat([%past, %new], 2)                         concatenated: an input, longer as a result
 
 A layout says what a cache holds in place of what is written: it encodes what goes in and decodes what comes out. The
-rewriter changes states, every entry that reads or writes them, and what the entries return, together.
+rewriter changes states, every entry that reads or writes them, and what callers give and get, together.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from torch import fx
 from laconic.ir.errors import UnsupportedError
 from laconic.ir.program import Entry, Kind, Program, Role
 from laconic.ir.propagate import propagate, recompute
-from laconic.ir.rewrite import fake_weight, insert_call
+from laconic.ir.rewrite import insert_call
 from laconic.ir.structure import Attention, find_structure
 from laconic.ir.structure.records import NearMiss
 from laconic.ir.traits import argument
+from laconic.ir.types import TensorType, type_of
 
 aten = torch.ops.aten
 
@@ -119,7 +120,7 @@ class Layout(ABC):
 
     @abstractmethod
     def state(self, value: torch.Tensor) -> torch.Tensor:
-        """What a state holds in place of this."""
+        """What a cache holds in place of this; a fake tensor says of which type."""
 
     @abstractmethod
     def encode(self, program: Program, entry: Entry, before: fx.Node, new: fx.Node) -> fx.Node:
@@ -153,54 +154,67 @@ class Cast(Layout):
 
 
 def cast_caches(program: Program, dtype: torch.dtype) -> Program:
-    """The Program with all its static caches in another floating dtype.
+    """The Program with all its caches in another floating dtype: states, or what callers give and get.
 
     Raises UnsupportedError if it has none that are known, with the reasons.
     """
     sites, near = find_caches(program)
-    static = [site for site in sites if site.kind == "static"]
-    if not static:
+    if not sites:
         raise UnsupportedError(
             "no cache was found that can be rewritten",
             why="; ".join(miss.reason for miss in near[:3]) or "no attention reads a state",
             hint="capture the model with cache=(batch, length)",
         )
+    held = {node.meta["name"]: type_of(node.meta["val"]) for e in program.entries.values() for node in e.placeholders()}
     made = program
-    for name in dict.fromkeys(name for site in static for name in (site.key, site.value)):
-        made = relayout(made, [name], Cast(dtype, program.weights[name].value.dtype))
+    for name in dict.fromkeys(name for site in sites for name in (site.key, site.value)):
+        kind = held[name]
+        assert isinstance(kind, TensorType)
+        made = relayout(made, [name], Cast(dtype, kind.dtype))
     return made
 
 
-def relayout(program: Program, states: Iterable[str], layout: Layout) -> Program:
-    """The Program with these states in another layout, in all entries at once.
+def relayout(program: Program, names: Iterable[str], layout: Layout) -> Program:
+    """The Program with these caches in another layout, in all entries at once: states, or inputs whose continuation is
+    a result, both of which callers then have in that layout.
 
-    Raises UnsupportedError for a state that is used otherwise than by writes into it that are read and kept.
+    Raises UnsupportedError for a state or input that is used otherwise than by calls that write into it or continue it,
+    and are read and kept.
     """
     made = program.clone()
-    for name in states:
-        row = made.weights[name]
-        made.weights[name] = replace(row, value=layout.state(row.value))
+    for name in names:
+        row = made.weights.get(name)
+        if row is not None:
+            made.weights[name] = replace(row, value=layout.state(row.value))
         for entry in made.entries.values():
-            node = entry.weight_nodes().get(name)
+            node = next((n for n in entry.placeholders() if n.meta["name"] == name), None)
             if node is not None:
                 _in_entry(made, entry, node, layout)
+        place = next((k for k, given in enumerate(made.forward.inputs) if given.name == name), None)
+        if row is None and place is not None:
+            made.examples = [(*e[:place], layout.state(e[place]), *e[place + 1 :]) for e in made.examples]
     return made
 
 
 def _in_entry(program: Program, entry: Entry, node: fx.Node, layout: Layout) -> None:
+    """Encode what goes into a cache, and decode it for who reads it; what is kept or returned stays encoded."""
     users = list(node.users)
-    node.meta["val"] = fake_weight(program, program.weights[node.meta["name"]])
+    node.meta["val"] = layout.state(node.meta["val"])
     for user in users:
-        if user.target not in _WRITES or user.args[0] is not node:
+        args: list[Any] = list(user.args)
+        if user.target in _WRITES and args[0] is node:
+            schema: Any = user.target._schema
+            place = next(k for k, a in enumerate(schema.arguments) if a.name in ("source", "src", "values"))
+            args[place] = layout.encode(program, entry, user, args[place])
+        elif user.target is aten.cat.default and args[0][0] is node:
+            args[0] = [node, *(layout.encode(program, entry, user, new) for new in args[0][1:])]
+        else:
             raise UnsupportedError(
-                f"the state {node.meta['name']!r} cannot be held otherwise",
+                f"the {'state' if node.meta['kind'] != Kind.INPUT else 'input'} {node.meta['name']!r} cannot be held "
+                "otherwise",
                 where=program.describe(user),
-                why=f"%{user.name} does not write into a part of it",
+                why=f"%{user.name} does not write into a part of it, nor continue it",
             )
-        schema: Any = user.target._schema
-        place = next(k for k, a in enumerate(schema.arguments) if a.name in ("source", "src", "values"))
-        args = list(user.args)
-        args[place] = layout.encode(program, entry, user, args[place])  # type: ignore[arg-type]
         user.args = tuple(args)
         user.meta["val"] = recompute(program, user)
         readers = [reader for reader in user.users if reader.op != "output"]

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from laconic.ir.axes.dims import SOFT, Factor, Why, factors, size_of
-from laconic.ir.axes.labels import Axes, Literal, flat
+from laconic.ir.axes.labels import Axes, Label, Literal, flat
 from laconic.ir.axes.positions import Kept, new_size, old_positions, row_moves, touches
 from laconic.ir.errors import UsageError, VerificationError
 from laconic.ir.moves import RowMoves, moved, moved_alias
@@ -36,7 +36,7 @@ def refusals(factor: Factor, positions: Sequence[int], *, soft: bool = False) ->
         return [("joined", Why("it was found to be another axis, or several, which are to be named instead"))]
     if not isinstance(size, int):
         return [("dynamic", Why("its size is not known beforehand"))]
-    if not positions or any(not 0 <= k < size for k in positions):
+    if not positions or any(type(k) is not int or not 0 <= k < size for k in positions):
         return [("range", Why(f"positions are 0 to {size - 1}, and one must stay"))]
     permutes = sorted(positions) == list(range(size))
     return [(kind, why) for kind, why in factor.pins.items() if not (kind in SOFT and (permutes or soft))]
@@ -48,6 +48,9 @@ def rewrite(axes: Axes, kept: Kept, *, by: str, soft: bool = False, into: Progra
 
     Raises UsageError with every reason if a factor may not; VerificationError if the result is not as the labels say.
     """
+    known = {f for label in (*axes.rows.values(), *_labels(axes)) for dim in label for f in factors(dim)}
+    if any(factor.link is None and factor not in known for factor in kept):
+        raise UsageError("an axis is none of this program's", hint="name those of the same analysis")
     reasons = [
         f"an axis of {factor.size}: {kind}, {why.reason}{_at(axes.program, why)}"
         for factor, positions in kept.items()
@@ -56,6 +59,10 @@ def rewrite(axes: Axes, kept: Kept, *, by: str, soft: bool = False, into: Progra
     if reasons:
         raise UsageError("these axes may not be rewritten so", why="\n".join(reasons))
     return _Rewrite(axes, kept, by, into or axes.program.clone()).program()
+
+
+def _labels(axes: Axes) -> Iterator[Label]:
+    return (label for found in axes.labels.values() for label in flat(found))
 
 
 def _at(program: Program, why: Why) -> str:

@@ -28,6 +28,7 @@ from laconic.ir.inputs import cases, cases_beside
 from laconic.ir.outcomes import SEED, Outcomes
 from laconic.ir.outline import inline
 from laconic.ir.parse import parse_program
+from laconic.ir.past import DECODE
 from laconic.ir.program import Program
 from laconic.ir.store import PROGRAM, WEIGHTS, read_back, read_outlined, read_program, write_program
 from laconic.ir.verify import verify
@@ -247,8 +248,11 @@ def _compare(program: Program, reread: Program) -> None:
 
 def _export_onnx(program: Program, folder: Path, progress: Progress) -> None:
     from laconic.codegen.onnx import write_onnx
+    from laconic.codegen.onnx.entries import write_past
 
     write_onnx(program, folder / "model.onnx", progress=progress)
+    if DECODE in program.entries:
+        write_past(program, folder / "model.onnx", progress=progress)
 
 
 def _export_pt2(program: Program, folder: Path, progress: Progress) -> None:

@@ -58,7 +58,7 @@ def audit_axes(program: Program) -> AxesAudit:
 def _class_json(program: Program, own: AxisClass, dead: int) -> dict[str, Any]:
     return {
         "what": own.what,
-        "size": size_text(own.size, program.names),
+        "size": own.size if isinstance(own.size, int) else size_text(own.size, program.names),
         "permutable": own.permutable,
         "shrinkable": own.shrinkable,
         "dead": dead,

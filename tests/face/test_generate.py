@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -312,7 +313,10 @@ def test_a_cache_on_the_command_line_is_two_numbers(tmp_path: Path, capfd: pytes
 def test_the_command_line_captures_with_a_cache(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out, onnx = str(tmp_path / "out"), str(tmp_path / "m.onnx")
     assert run(["optimize", "zoo:llama-gqa", "-o", out, "--cache", "2x32", "-q"]) == 0
-    assert run(["export", out, "-o", onnx, "--with-past", "-q"]) == 0
+    capfd.readouterr()
+    assert run(["export", out, "-o", onnx, "--with-past", "--json", "-q"]) == 0
+    told = json.loads(capfd.readouterr().out)
+    assert [Path(path).name for path in told["paths"]] == ["m.prefill.onnx", "m.decode.onnx"]
     loaded: Any = laconic.load(out)
     prompts = [[5, 6, 7], [300, 12]]
     expected = loaded.generate(prompts, max_new_tokens=8)

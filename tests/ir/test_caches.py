@@ -16,6 +16,7 @@ from laconic.ir.capture import capture_module
 from laconic.ir.errors import UnsupportedError
 from laconic.ir.past import cache_bytes_per_token
 from laconic.ir.program import Program
+from laconic.ir.run import evaluate
 from laconic.ir.verify import verify, verify_rewrite
 from laconic.model import Model
 
@@ -67,6 +68,23 @@ def test_caches_that_are_inputs_and_results_are_found() -> None:
     found, near = find_caches(past(True))
     assert found == [CacheSite("concatenated", "past_key", "past_value", 2, ("forward",))]
     assert near == []
+
+
+def test_what_callers_give_and_get_is_held_otherwise_too() -> None:
+    """Keys and values are given and returned in two bytes each; what is new is rounded, what was there stays."""
+    before = past(True)
+    after = cast_caches(before, torch.bfloat16)
+    verify(after)
+    found, _ = find_caches(after)
+    assert found == [CacheSite("concatenated", "past_key", "past_value", 2, ("forward",))]
+    x, *caches = before.examples[0]
+    short = [cache.bfloat16() for cache in caches]
+    assert all(torch.equal(a, b) for a, b in zip(after.examples[0], (x, *short), strict=True))
+    y, *full = evaluate(before, before.forward, [x, *(cache.float() for cache in short)]).results
+    z, *kept = evaluate(after, after.forward, [x, *short]).results
+    for a, b in zip(kept, full, strict=True):
+        assert torch.equal(a, b.bfloat16())
+    assert 0 < float((z - y).abs().max() / y.abs().max()) < 2e-2  # bfloat16 has eight bits
 
 
 def test_what_is_no_cache_says_why() -> None:
@@ -133,4 +151,4 @@ def test_a_state_that_is_used_otherwise_is_left_alone() -> None:
     program = capture_module(Counting(), (torch.randn(2, 3),), {})
     with pytest.raises(UnsupportedError, match="the state 'count' cannot be held otherwise") as caught:
         relayout(program, ["count"], Cast(torch.float16, torch.float32))
-    assert "does not write into a part of it" in str(caught.value)
+    assert "does not write into a part of it, nor continue it" in str(caught.value)

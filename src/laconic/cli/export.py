@@ -74,8 +74,9 @@ def export(
             settings: dict[str, Any] = {"opset": opset, "functions": functions, "force": force}
             if with_past or towers:
                 write = write_past if with_past else write_towers
-                report = list(write(program, output, progress=shown.stage, **settings).values())[-1]
-                data["path"] = str(report.path)
+                written = list(write(program, output, progress=shown.stage, **settings).values())
+                report = written[-1]
+                data |= {"path": str(report.path), "paths": [str(each.path) for each in written]}
             else:
                 report = write_onnx(program, output, progress=shown.stage, **settings)
             data.update({k: v for k, v in asdict(report).items() if k not in ("path", "data_path")})

@@ -156,7 +156,8 @@ def _finding(data: dict[str, Any]) -> Iterator[str]:
 
 
 def export_report(data: dict[str, Any]) -> None:
-    console().print(f"{data['path']} is written and checked")
+    for path in data.get("paths", [data["path"]]):
+        console().print(f"{path} is written and checked", soft_wrap=True)
     said = ["opset", "ir_version", "nodes", *(["functions", "calls", "stored_nodes"] if data.get("functions") else [])]
     shown = {k: v for k, v in data.items() if k in (*said, "bytes", "checks")}
     for key, value in shown.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -57,14 +59,28 @@ def _labels(axes) -> list[tuple[Dim, ...]]:  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize(
-    ("positions", "why"), [([], "one must stay"), ([0, 12], "positions are 0 to 11"), ([-1], "0 to 11")]
+    ("positions", "why"),
+    [
+        ([], "one must stay"),
+        ([0, 12], "positions are 0 to 11"),
+        ([-1], "0 to 11"),
+        ([0.5], "0 to 11"),
+        ([True], "0 to 11"),
+    ],
 )
-def test_positions_that_are_not_there(positions: list[int], why: str) -> None:
+def test_positions_that_are_not_there(positions: list[Any], why: str) -> None:
     axes = analyse(program_of("relu"))
     (factor,) = (f for f in row_factors(axes) if not f.pins)
     with pytest.raises(UsageError, match="these axes may not be rewritten so") as caught:
         rewrite(axes, {factor: positions}, by="test")
     assert why in str(caught.value)
+
+
+def test_an_axis_of_another_analysis_is_refused() -> None:
+    program = program_of("relu")
+    (other,) = (f for f in row_factors(analyse(program)) if not f.pins)
+    with pytest.raises(UsageError, match="an axis is none of this program's"):
+        rewrite(analyse(program), {other: list(range(12))}, by="test")
 
 
 def test_all_reasons_are_told_at_once() -> None:
