@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import sympy
 import torch
 from torch import nn
+from torch.export import Dim
 
 from laconic.ir.capture import inference
 from laconic.ir.entries import combine
@@ -18,6 +20,7 @@ from laconic.ir.hf_static import not_cached
 from laconic.ir.hf_towers import capture_towers, image_token
 from laconic.ir.past import PAST
 from laconic.ir.program import Program
+from laconic.ir.types import type_of
 
 
 def capture_cached(model: nn.Module, forward: Program, *, batch: int, length: int) -> Program:
@@ -64,13 +67,13 @@ def _size(cache: Any) -> tuple[int, int]:
 
 
 def capture_pair(model: nn.Module, forward: Program) -> Program:
-    """The Program `forward` of a model of transformers, with the entries `vision` and `text` for its two sides, at the
-    sizes of its example.
+    """The Program `forward` of a model of transformers, with the entries `vision` and `text` for its two sides, whose
+    axes are dynamic where those of `forward` are.
 
     Raises UnsupportedError for a model without such sides.
     """
     with inference(model):
-        return combine({"forward": forward, **capture_towers(model, _examples(forward))})
+        return combine({"forward": forward, **capture_towers(model, _examples(forward), _dynamic(forward))})
 
 
 def _examples(forward: Program) -> dict[str, torch.Tensor]:
@@ -78,6 +81,19 @@ def _examples(forward: Program) -> dict[str, torch.Tensor]:
     entry = forward.forward
     given = forward.examples[0] if forward.examples else ()
     return {declared.name: value for declared, value in zip(entry.inputs, given, strict=False)}
+
+
+def _dynamic(forward: Program) -> dict[str, dict[int, Any]]:
+    """The dynamic axes of a Program's inputs, by name and axis, as torch.export takes them."""
+    dims = {key: Dim(symbol.name, min=symbol.low, max=symbol.high) for key, symbol in forward.symbols.items()}
+    return {
+        node.meta["name"]: {
+            axis: dims[size.name]
+            for axis, size in enumerate(type_of(node.meta["val"]).shape)  # type: ignore[union-attr]
+            if isinstance(size, sympy.Symbol)
+        }
+        for node in forward.forward.input_nodes()
+    }
 
 
 def _entries(

@@ -7,6 +7,7 @@ the token that stands for images is taken by the k-th feature. Of a pair of enco
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +16,11 @@ import torch
 from torch import nn
 
 from laconic.ir.capture import capture_module
-from laconic.ir.errors import UnsupportedError
+from laconic.ir.errors import FixedAxisError, UnsupportedError
 from laconic.ir.past import FEATURES, PIXELS, TEXT, VISION
 from laconic.ir.program import Program
+
+log = logging.getLogger(__name__)
 
 
 def image_token(model: nn.Module) -> int | None:
@@ -101,8 +104,11 @@ def capture_vision(model: nn.Module, pixels: torch.Tensor) -> tuple[Program, tor
     return capture_module(vision, (), {PIXELS: pixels}, None, check=False), features
 
 
-def capture_towers(model: nn.Module, examples: Mapping[str, torch.Tensor]) -> dict[str, Program]:
-    """The entries `vision` and `text`, each captured by itself, at the sizes of these examples.
+def capture_towers(
+    model: nn.Module, examples: Mapping[str, torch.Tensor], axes: Mapping[str, Mapping[int, Any]] | None = None
+) -> dict[str, Program]:
+    """The entries `vision` and `text`, each captured by itself on these examples. `axes` are torch.export's dynamic
+    ones, by input; a side that fixes one is captured at the examples' sizes, and that is logged.
 
     Raises UnsupportedError for a model without two such sides.
     """
@@ -113,9 +119,22 @@ def capture_towers(model: nn.Module, examples: Mapping[str, torch.Tensor]) -> di
             why=f"it takes {', '.join(examples)}",
             hint="models of transformers with get_image_features, and a decoder or get_text_features, have them",
         )
-    vision, features = capture_vision(model, examples[PIXELS])
+    known = dict(axes or {})
+    pixels = {PIXELS: examples[PIXELS]}
+    vision = _capture(Vision(model), pixels, known)
     ids = examples["input_ids"]
     given = {"input_ids": ids, "attention_mask": examples.get("attention_mask", torch.ones_like(ids))}
+    known.setdefault("attention_mask", known.get("input_ids", {}))
     if among:
-        given[FEATURES] = features
-    return {VISION: vision, TEXT: capture_module(Text(model), (), given, None, check=False)}
+        given[FEATURES] = Vision(model)(**pixels)[FEATURES]
+        known[FEATURES] = {axis: dim for axis, dim in known.get(PIXELS, {}).items() if axis == 0}
+    return {VISION: vision, TEXT: _capture(Text(model), given, known)}
+
+
+def _capture(module: nn.Module, given: Mapping[str, torch.Tensor], axes: Mapping[str, Any]) -> Program:
+    dynamic = {name: dict(axes.get(name, {})) for name in given}
+    try:
+        return capture_module(module, (), dict(given), dynamic, check=False)
+    except FixedAxisError as problem:
+        log.info("the sizes of %s are fixed: %s", type(module).__name__.lower(), problem.why)
+        return capture_module(module, (), dict(given), None, check=False)

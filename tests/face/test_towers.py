@@ -68,6 +68,19 @@ def test_sides_of_a_pair_are_entries_over_one_table(kind: str) -> None:
     torch.testing.assert_close(said(program, "text", IDS, MASK), text, rtol=1e-5, atol=1e-5)
 
 
+def test_sides_take_as_many_as_the_whole_does() -> None:
+    module: Any = pair("clip")
+    batch, texts = (torch.export.Dim(name, min=2, max=64) for name in ("images", "texts"))
+    axes = {"input_ids": {0: texts}, "pixel_values": {0: batch}, "attention_mask": {0: texts}}
+    inputs = {"input_ids": IDS, "pixel_values": PIXELS, "attention_mask": MASK}
+    program = laconic.capture(module, **inputs, dynamic_shapes=axes, towers=True)
+    more = torch.cat([PIXELS, PIXELS, PIXELS])
+    with torch.no_grad():
+        theirs = module.get_image_features(pixel_values=more).pooler_output
+    torch.testing.assert_close(said(program, "vision", more), theirs, rtol=1e-5, atol=1e-5)
+    assert said(program, "text", IDS.repeat(3, 1), MASK.repeat(3, 1)).shape[0] == 6
+
+
 def test_passes_rewrite_all_sides(clip: laconic.Result, tmp_path: Path) -> None:
     """What is saved has them, and each can be written as a file."""
     assert clip.report.verified
