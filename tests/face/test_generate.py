@@ -152,6 +152,7 @@ def test_logits_of_a_padded_batch_are_those_of_single_runs(decoder: tuple[nn.Mod
         seen.clear()
 
 
+@pytest.mark.slow
 def test_penalties_are_of_the_prompt_and_not_of_its_padding(decoder: tuple[nn.Module, laconic.Result]) -> None:
     module, result = decoder
     for penalty in (1.3, 2.0):
@@ -410,6 +411,7 @@ def test_a_cache_that_is_not_known_is_refused_with_the_reason() -> None:
             laconic.capture(plain, torch.randn(2, 3), cache=cache)
 
 
+@pytest.mark.slow
 def test_a_cache_beyond_memory_or_positions_is_refused() -> None:
     torch.manual_seed(0)
     module, inputs, _ = gpt2()
@@ -479,6 +481,7 @@ def test_sources_of_different_length_are_answered_as_transformers_does(
 # What a capture is held to
 
 
+@pytest.mark.slow
 def test_what_the_model_caches_by_itself_is_not_asked_for() -> None:
     torch.manual_seed(0)
     module, inputs, axes = gpt2()
@@ -503,7 +506,7 @@ def test_a_capture_leaves_the_model_as_it_was() -> None:
     assert not inner.transformer.drop.training
 
 
-@pytest.mark.parametrize("wrong", ["positions", "mask"])
+@pytest.mark.parametrize("wrong", ["positions", pytest.param("mask", marks=pytest.mark.slow)])
 def test_a_model_that_takes_caches_otherwise_is_refused(wrong: str) -> None:
     """Logits of a padded prompt, and of one token more, that are not the model's own."""
     torch.manual_seed(0)

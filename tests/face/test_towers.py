@@ -68,6 +68,7 @@ def test_sides_of_a_pair_are_entries_over_one_table(kind: str) -> None:
     torch.testing.assert_close(said(program, "text", IDS, MASK), text, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_sides_take_as_many_as_the_whole_does() -> None:
     module: Any = pair("clip")
     batch, texts = (torch.export.Dim(name, min=2, max=64) for name in ("images", "texts"))
