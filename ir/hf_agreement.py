@@ -4,7 +4,9 @@ here, not in its users' texts."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,12 +15,12 @@ from torch import nn
 from laconic.ir.errors import UnsupportedError, UsageError
 from laconic.ir.outcomes import with_states
 from laconic.ir.past import DECODE, ENCODE, FEATURES, PIXELS, PREFILL, VISION, cache_size, example
+from laconic.ir.precise import evaluate_precise
 from laconic.ir.program import Program
 from laconic.ir.run import Outcome, evaluate
 
-#: The largest difference of logits, as a part of their norm, that is taken for rounding.
-_ALLOWED = {torch.float64: 1e-4, torch.float32: 1e-3}
-_ALLOWED_OF_HALVES = 5e-2
+#: The largest difference of logits, as a part of their norm, that is taken for rounding in float32.
+_ALLOWED = 1e-3
 
 
 @torch.no_grad()
@@ -27,7 +29,8 @@ def refuse_disagreement(model: nn.Module, program: Program, examples: Mapping[st
     the caches do not hold the prompt of the model's example, where images stand in it."""
     try:
         sourced = ENCODE in program.entries
-        pairs = list(_sourced(model, program) if sourced else _prompted(model, program, examples))
+        with _in_float32(model):
+            pairs = list(_sourced(model, program) if sourced else _prompted(model, program, examples))
     except (IndexError, RuntimeError) as problem:
         raise UnsupportedError(
             f"{type(model).__name__} cannot be captured with a cache of {cache_size(program)[1]} tokens",
@@ -36,7 +39,7 @@ def refuse_disagreement(model: nn.Module, program: Program, examples: Mapping[st
         ) from problem
     for name, ours, theirs in pairs:
         difference = float((ours - theirs).norm() / theirs.norm())
-        if not difference <= _ALLOWED.get(theirs.dtype, _ALLOWED_OF_HALVES):
+        if not difference <= _ALLOWED:
             raise UnsupportedError(
                 f"{type(model).__name__} cannot be captured with a cache",
                 why=f"the logits of {name} are {difference:.1%} away from the model's own: it takes caches, masks or "
@@ -101,11 +104,31 @@ def _sourced(model: Any, program: Program) -> Iterator[tuple[str, torch.Tensor, 
         yield DECODE, second.results[0][row, -1], said[1]
 
 
+@contextmanager
+def _in_float32(model: nn.Module) -> Iterator[None]:
+    """The model's halves as float32: their own rounding would hide what is looked for."""
+    halves = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in (torch.float16, torch.bfloat16)]
+    kept = [tensor.data for tensor in halves]
+    try:
+        for tensor in halves:
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, data in zip(halves, kept, strict=True):
+            tensor.data = data
+
+
 def _run(program: Program, name: str, given: Mapping[str, torch.Tensor]) -> Outcome:
+    """What an entry gives; of halves, computed in float64."""
     entry = program.entries[name]
-    return evaluate(program, entry, [given[declared.name] for declared in entry.inputs])
+    inputs = [given[declared.name] for declared in entry.inputs]
+    rows = program.weights.values()
+    halves = any(row.value.dtype in (torch.float16, torch.bfloat16) for row in rows)
+    return evaluate_precise(program, entry, inputs) if halves else evaluate(program, entry, inputs)
 
 
 def _logits(model: Any, **inputs: torch.Tensor) -> torch.Tensor:
-    """The model's own logits of one sequence, (tokens, vocabulary)."""
-    return model(**inputs)["logits"][0]  # type: ignore[no-any-return]
+    """The model's own logits of the last two tokens of one sequence, (2, vocabulary)."""
+    takes = inspect.signature(model.forward).parameters
+    last = {"logits_to_keep": 2} if "logits_to_keep" in takes else {}
+    return model(**inputs, **last)["logits"][0, -2:]  # type: ignore[no-any-return]

@@ -7,6 +7,7 @@ the token that stands for images is taken by the k-th feature. Of a pair of enco
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Mapping
 from types import SimpleNamespace
@@ -77,7 +78,9 @@ class Text(nn.Module):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, image_features: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         if self.reader is None:
-            found = self.model.get_text_features(input_ids=input_ids, attention_mask=attention_mask)
+            masked = "attention_mask" in inspect.signature(self.model.get_text_features).parameters
+            mask = {"attention_mask": attention_mask} if masked else {}
+            found = self.model.get_text_features(input_ids=input_ids, **mask)
             return {"text_features": _features(found)}
         return {"logits": self.reader(input_ids, image_features, attention_mask=attention_mask, use_cache=False).logits}
 
@@ -114,21 +117,38 @@ def capture_towers(
     """
     among = image_token(model) is not None
     if PIXELS not in examples or not (among or hasattr(model, "get_text_features")):
-        raise UnsupportedError(
-            f"{type(model).__name__} has no entries {VISION!r} and {TEXT!r}",
-            why=f"it takes {', '.join(examples)}",
-            hint="models of transformers with get_image_features, and a decoder or get_text_features, have them",
-        )
-    known = dict(axes or {})
+        raise _no_sides(model, f"it takes {', '.join(examples)}")
+    if among and len(examples[PIXELS]) != len(examples["input_ids"]):
+        raise _no_sides(model, f"{len(examples[PIXELS])} images are given for {len(examples['input_ids'])} prompts")
+    try:
+        return _towers(model, examples, dict(axes or {}), among)
+    except (AttributeError, TypeError) as problem:
+        raise _no_sides(model, str(problem).splitlines()[0]) from problem
+
+
+def _towers(
+    model: nn.Module, examples: Mapping[str, torch.Tensor], known: dict[str, Any], among: bool
+) -> dict[str, Program]:
     pixels = {PIXELS: examples[PIXELS]}
+    with torch.no_grad():
+        features = Vision(model)(**pixels)[FEATURES]
     vision = _capture(Vision(model), pixels, known)
     ids = examples["input_ids"]
     given = {"input_ids": ids, "attention_mask": examples.get("attention_mask", torch.ones_like(ids))}
     known.setdefault("attention_mask", known.get("input_ids", {}))
     if among:
-        given[FEATURES] = Vision(model)(**pixels)[FEATURES]
+        given[FEATURES] = features
         known[FEATURES] = {axis: dim for axis, dim in known.get(PIXELS, {}).items() if axis == 0}
     return {VISION: vision, TEXT: _capture(Text(model), given, known)}
+
+
+def _no_sides(model: nn.Module, why: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{type(model).__name__} cannot be captured with the entries {VISION!r} and {TEXT!r}",
+        why=why,
+        hint="models of transformers with get_image_features of pixels alone, one image for each prompt, and a decoder "
+        "or get_text_features, can",
+    )
 
 
 def _capture(module: nn.Module, given: Mapping[str, torch.Tensor], axes: Mapping[str, Any]) -> Program:

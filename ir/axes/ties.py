@@ -1,7 +1,8 @@
 """Whether several positions may hold the greatest value, so that which of them is chosen depends on their order.
 
-Values that a product makes are the same by chance only. Those behind a `relu`, or behind rounding, are often: then an
-argmax takes the first of them, and another one if they are put in another order.
+Values that a product or a sum makes are the same by chance only. Those behind a `relu`, a comparison or a fill are so
+often: then an argmax takes the first of them, and another one if they are put in another order. What an op not named
+here does is not known, and taken for the latter.
 """
 
 from __future__ import annotations
@@ -12,21 +13,31 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
-from laconic.ir.types import TensorType, type_of
-
-#: Many values become one.
-_LEVELS = frozenset(
+#: Their results differ, whatever their operands are.
+_MIX = frozenset(
     {
-        *("relu", "relu6", "threshold", "clamp", "clamp_min", "clamp_max", "hardtanh", "hardsigmoid", "hardswish"),
-        *("floor", "ceil", "round", "trunc", "frac", "sign", "sgn", "heaviside", "floor_divide"),
-        *("zeros", "ones", "full", "zeros_like", "ones_like", "full_like"),
+        *("linear", "mm", "bmm", "matmul", "addmm", "baddbmm", "addmv", "mv", "dot", "einsum", "conv1d", "conv2d"),
+        *("conv3d", "convolution", "scaled_dot_product_attention", "_grouped_mm", "grouped_mm_fallback", "sum", "mean"),
+        *("embedding", "linalg_vector_norm", "cdist", "rand", "randn", "rand_like", "randn_like", "normal"),
     }
 )
-#: Equal values stay equal: what is asked is their first operand.
+#: Equal values stay equal, others do not become so: what is asked is their first operand.
 _KEEP = frozenset(
     {
         *("clone", "_to_copy", "to", "contiguous", "reshape", "view", "transpose", "permute", "squeeze", "unsqueeze"),
-        *("expand", "select", "slice", "split", "split_with_sizes", "chunk", "t", "alias", "detach", "type_as"),
+        *(
+            "expand",
+            "select",
+            "slice",
+            "split",
+            "split_with_sizes",
+            "chunk",
+            "unbind",
+            "t",
+            "alias",
+            "detach",
+            "type_as",
+        ),
         *("softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax", "layer_norm", "rms_norm"),
         *(
             "sigmoid",
@@ -43,11 +54,15 @@ _KEEP = frozenset(
             "gelu",
             "silu",
         ),
-        *("pow", "amax", "amin", "max", "min", "topk", "masked_fill", "elu", "leaky_relu", "erf", "dropout"),
+        *("pow", "amax", "amin", "max", "min", "topk", "sort", "elu", "leaky_relu", "erf", "dropout", "reciprocal"),
+        *("index", "index_select", "gather", "cumsum", "flip", "roll", "upsample_nearest2d", "upsample_bilinear2d"),
+        *("batch_norm", "native_layer_norm", "_fused_rms_norm", "group_norm", "cos", "sin", "log_sigmoid", "logit"),
     }
 )
 #: One operand whose values differ makes all of them differ; one whose values are equal makes the others' equal.
-_ALL, _ANY = frozenset({"add", "sub"}), frozenset({"mul", "div", "maximum", "minimum", "where"})
+_ALL = frozenset({"add", "sub", "rsub"})
+_ANY = frozenset({"mul", "div", "maximum", "minimum", "cat", "stack", "concat"})
+_COMPARE = frozenset({"lt", "le", "gt", "ge", "eq", "ne", "isin", "isclose"})
 
 
 def tied(node: fx.Node, known: Mapping[fx.Node, str | None]) -> str | None:
@@ -56,21 +71,37 @@ def tied(node: fx.Node, known: Mapping[fx.Node, str | None]) -> str | None:
     if node.target is operator.getitem:
         return known.get(node.args[0])  # type: ignore[arg-type]
     if not isinstance(node.target, torch._ops.OpOverload):
-        return None
-    kind = type_of(node.meta["val"])
-    if isinstance(kind, TensorType) and not kind.dtype.is_floating_point:
-        return f"%{node.name}, which is {kind.dtype}"
+        return f"%{node.name}"
     name = node.target._schema.name.partition("::")[2]
-    if name in _LEVELS:
-        return f"%{node.name} ({name})"
-    operands = [known.get(operand) for operand in node.all_input_nodes if _is_floating(operand)]
+    if name in _MIX:
+        return None
+    operands = [known.get(operand) for operand in node.all_input_nodes]
     if name in _KEEP:
-        return operands[0] if operands else None
-    if name in _ALL:
-        return operands[0] if operands and all(operands) else None
-    return next(filter(None, operands), None) if name in _ANY else None
+        return operands[0] if operands else f"%{node.name} ({name})"
+    if name in _ALL and operands:
+        return operands[0] if all(operands) else None
+    if name in _ANY:
+        return next(filter(None, operands), None)
+    if name in ("masked_fill", "where") and not _by_comparison(node):
+        # What is left out because others were chosen is not chosen itself.
+        return next(filter(None, operands[0 if name == "masked_fill" else 1 :][:1]), None)
+    return f"%{node.name} ({name})"
 
 
-def _is_floating(node: fx.Node) -> bool:
-    kind = type_of(node.meta["val"])
-    return not isinstance(kind, TensorType) or kind.dtype.is_floating_point
+def _by_comparison(node: fx.Node) -> bool:
+    """Whether the mask of a call comes of comparing values, so that any number of them may be filled."""
+    mask = node.args[1] if node.target is torch.ops.aten.masked_fill.Scalar or len(node.args) < 3 else node.args[0]
+    if node.target in (torch.ops.aten.masked_fill.Scalar, torch.ops.aten.masked_fill.Tensor):
+        mask = node.args[1]
+    seen, left = set[fx.Node](), [mask] if isinstance(mask, fx.Node) else []
+    while left:
+        value = left.pop()
+        if value in seen or not isinstance(value.target, torch._ops.OpOverload):
+            continue
+        seen.add(value)
+        name = value.target._schema.name.partition("::")[2]
+        if name in _COMPARE:
+            return True
+        if name not in _MIX and name not in ("topk", "argmax", "sort", "argsort"):
+            left += value.all_input_nodes
+    return False

@@ -90,7 +90,7 @@ def capture(
     Raises UnsupportedError with the user's source line if the model cannot be captured.
     """
     if isinstance(model, nn.Module):
-        if cache is not None and "use_cache" in inspect.signature(model.forward).parameters:
+        if (cache is not None or towers) and "use_cache" in inspect.signature(model.forward).parameters:
             kwargs.setdefault("use_cache", False)  # what `forward` itself would return
             dynamic_shapes = dynamic_shapes and {"use_cache": None, **dynamic_shapes}
         return with_entries(model, capture_module(model, args, kwargs, dynamic_shapes), cache=cache, towers=towers)

@@ -167,8 +167,10 @@ def test_prompts_criteria_and_ends_of_other_types(decoder: tuple[nn.Module, laco
     others: list[Any] = [[torch.tensor(p) for p in PROMPTS], [np.array(p) for p in PROMPTS], tuple(map(tuple, PROMPTS))]
     for prompts in others:
         assert torch.equal(result.model.generate(prompts, max_new_tokens=NEW, pad_token_id=None), plain)
-    stopped = result.model.generate(PROMPTS, max_new_tokens=NEW, stopping_criteria=[lambda ids, _: ids.shape[1] >= 9])
-    assert torch.equal(stopped, plain[:, :9])
+    nine: list[Any] = [[lambda ids, _: ids.shape[1] >= 9], hf.MaxLengthCriteria(9)]
+    for criteria in nine:
+        stopped = result.model.generate(PROMPTS, max_new_tokens=NEW, stopping_criteria=criteria)
+        assert torch.equal(stopped, plain[:, :9])
     end: Any = plain[0, -NEW]
     assert torch.equal(*(result.model.generate(PROMPTS, max_new_tokens=NEW, eos_token_id=e) for e in (end, [int(end)])))
 
@@ -366,6 +368,10 @@ def test_the_command_line_captures_with_a_cache(tmp_path: Path, capfd: pytest.Ca
         ({"prompts": [[1]], "top_p": 2.0}, "top_p is 2.0", "1 at most"),
         ({"prompts": [[1]], "top_k": -1}, "top_k is -1", "1 or more"),
         ({"prompts": [[1]], "repetition_penalty": 0.0}, "repetition_penalty is 0.0", "1 changes nothing"),
+        ({"prompts": [[1]], "logits_processor": ["x"]}, "logits_processor has a str", "functions of ids and scores"),
+        ({"prompts": [[1]], "stopping_criteria": 3}, "stopping_criteria has a int", "functions of ids and scores"),
+        ({"prompts": [[1]], "streamer": 3}, "streamer is a int", "put()"),
+        ({"prompts": [[1]], "seed": "a"}, "seed is 'a'", "a whole number"),
         ({"prompts": [[1]], "pixel_values": torch.zeros(1, 3, 4, 4)}, "captured without images", "leave them out"),
     ],
 )
@@ -504,6 +510,22 @@ def test_a_capture_leaves_the_model_as_it_was() -> None:
     assert module.training
     assert inner.transformer.h[0].training
     assert not inner.transformer.drop.training
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_to_what_is_near_is_refused_in_halves_too(dtype: torch.dtype) -> None:
+    """GPT-Neo makes its own mask, in a way that caches of fixed size do not allow; the model stays what it was."""
+    torch.manual_seed(0)
+    local: dict[str, Any] = {"attention_types": [[["global", "local"], 1]], "window_size": 12}
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "vocab_size": 100, "max_position_embeddings": 64}
+    module = hf.GPTNeoForCausalLM(hf.GPTNeoConfig(**sizes, **local)).to(dtype).eval()
+    before = {name: (weight, weight.data_ptr()) for name, weight in module.named_parameters()}
+    ids = torch.randint(2, 90, (2, 5))
+    with pytest.raises(UnsupportedError, match="away from the model's own"):
+        laconic.capture(module, input_ids=ids, attention_mask=torch.ones_like(ids), cache=(2, 24))
+    assert {name: (weight, weight.data_ptr()) for name, weight in module.named_parameters()} == before
+    assert {weight.dtype for weight in module.parameters()} == {dtype}
 
 
 @pytest.mark.parametrize("wrong", ["positions", pytest.param("mask", marks=pytest.mark.slow)])

@@ -122,7 +122,7 @@ def test_a_reader_of_images_says_what_the_model_says() -> None:
 
 def test_what_has_no_sides_says_so() -> None:
     plain = nn.Linear(3, 4)
-    with pytest.raises(UnsupportedError, match="Linear has no entries 'vision' and 'text'"):
+    with pytest.raises(UnsupportedError, match="Linear cannot be captured with the entries 'vision' and 'text'"):
         laconic.capture(plain, torch.randn(2, 3), towers=True)
     with pytest.raises(UsageError, match="either a cache or towers"):
         laconic.capture(plain, torch.randn(2, 3), towers=True, cache=(1, 8))

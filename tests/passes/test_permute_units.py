@@ -52,6 +52,8 @@ def test_a_router_of_zeros_chooses_by_order(zeros: bool) -> None:
     )
     if zeros:
         program.weights["r"].value.detach().zero_()
+        assert not optimize(program, "permute-units").ledger.rows[-1].modified
+        program.weights["r"].value.detach().copy_(torch.randn(3, 8).repeat(2, 1))  # each row twice
     assert optimize(program, "permute-units").ledger.rows[-1].modified != zeros
 
 

@@ -76,6 +76,9 @@ def index(call: Call) -> Any:
     return tuple(_indexed_label(call, value, found))
 
 
+_EMPTY = (torch.ops.aten.empty_like.default, torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default)
+
+
 @rule("aten.index_put", "aten._unsafe_index_put")
 def index_put(call: Call) -> Any:
     value, source = call.given("self"), call.given("values")
@@ -83,7 +86,10 @@ def index_put(call: Call) -> Any:
     if found is None:
         return call.opaque("a mask chooses elements")
     call.observe(value)
-    call.observe(source)
+    if value.target in _EMPTY and not call.given("accumulate"):
+        call.counts_as(source)  # as where each went, for who puts it back
+    else:
+        call.observe(source)
     places = _indexed_label(call, value, found) if found else call.dims(value)
     broadcast(call, [places, call.dims(source)])
     return tuple(call.dims(value))

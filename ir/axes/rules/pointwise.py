@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import fx
 
 from laconic.ir.axes.call import Call
-from laconic.ir.axes.dims import Dim, Pin, fresh, quotient, size_of
+from laconic.ir.axes.dims import Dim, Pin, factors, fresh, quotient, size_of
 from laconic.ir.axes.labels import Label
 from laconic.ir.axes.rules.table import rule
 from laconic.ir.axes.table import POINTWISE
@@ -66,9 +66,13 @@ def copied(call: Call) -> Label:
 
 @rule("aten.zeros_like", "aten.ones_like", "aten.full_like", "aten.empty_like", "aten.rand_like", "aten.randn_like")
 def sized_like(call: Call) -> Label:
+    """As large as another, whose positions are not its own where they are in the order of values: what says where each
+    went is made so."""
     value = call.operand
     call.looks_not(value)
-    return tuple(call.dims(value))
+    return tuple(
+        fresh(size_of(dim)) if any(Pin.ARRANGED in f.pins for f in factors(dim)) else dim for dim in call.dims(value)
+    )
 
 
 @rule("aten.copy")

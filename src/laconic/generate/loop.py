@@ -109,7 +109,12 @@ def generate(
     if decoder.source is not None:
         steps = _SourceSteps(decoder, decoder.source, ids[rows], mask[rows], start)
         ids, padding = torch.full((given, 1), start), torch.zeros_like(padding)
-    processors = choice.processors(logits_processor, padding)
+    processors = choice.processors(_several("logits_processor", logits_processor), padding)
+    criteria = _several("stopping_criteria", stopping_criteria)
+    if streamer is not None and not (callable(streamer) or hasattr(streamer, "put")):
+        raise UsageError(f"streamer is a {type(streamer).__name__}", hint="a function of tokens, or one with put()")
+    if seed is not None and type(seed) is not int:
+        raise UsageError(f"seed is {seed!r}", hint="a whole number")
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     going = torch.ones(given, dtype=torch.bool)
     said = ids
@@ -123,7 +128,7 @@ def generate(
         said = torch.cat([said, token[:, None]], 1)
         _stream(streamer, token)
         going &= ~torch.isin(token, ends)
-        for criterion in stopping_criteria:
+        for criterion in criteria:
             going &= ~torch.as_tensor(criterion(said, scores), dtype=torch.bool)
         if not bool(going.any()) or step == max_new_tokens - 1:
             break
@@ -196,6 +201,17 @@ class _SourceSteps:
         places = torch.tensor([self.at])
         given = {"decoder_input_ids": token, "attention_mask": self.mask, "cache_position": places}
         return self.decoder.run(given | more, first=first)
+
+
+def _several(name: str, given: Any) -> list[Any]:
+    """One function, or several. Raises UsageError for what is none."""
+    found = list(given) if isinstance(given, Iterable) else [given]
+    wrong = next((part for part in found if not callable(part)), None)
+    if wrong is not None:
+        raise UsageError(
+            f"{name} has a {type(wrong).__name__}", hint="functions of ids and scores, as transformers' own"
+        )
+    return found
 
 
 def _chosen(scores: torch.Tensor, sample: bool, generator: torch.Generator | None) -> torch.Tensor:

@@ -16,6 +16,8 @@ from laconic.ir.axes.dims import SOFT, Pin
 from laconic.ir.axes.rewriter import free, row_factors
 from laconic.ir.axes.rules import rule
 
+X = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_what_is_free_and_what_is_pinned(case: Case) -> None:
@@ -88,3 +90,40 @@ def test_a_rule_of_somebody_elses_op(monkeypatch: pytest.MonkeyPatch) -> None:
         axes, tried = try_permutations(program)
         assert [f.size for f in row_factors(axes) if free(f)] == [12]
         assert all(trial.moved < 1e-10 and not trial.void for trial in tried)
+
+
+#: Values by which several positions may be the greatest, and by which they are so by chance only.
+TIED = {
+    "relu": lambda h: h.relu(),
+    "cat": lambda h: torch.cat([h[:3].relu(), h[3:].relu()], 0),
+    "a comparison": lambda h: (h > 0).float(),
+    "a product with one": lambda h: h * (h > 0),
+    "where": lambda h: torch.where(h > 1, h, 0.0),
+    "a fill": lambda h: h.masked_fill(h < 1, 0.0),
+    "a pad": lambda h: F.pad(h, (0, 0, 0, 3)),
+    "a pool": lambda h: F.max_pool1d(h, 3, 1, 1),
+    "an inverse": lambda h: 1 / (h.relu() + 1),
+    "rounding": lambda h: (h * 4).round().softmax(-1),
+}
+CLEAR = {
+    "a product": lambda h: h,
+    "shares": lambda h: (h * 2).softmax(-1).float(),
+    "a bias": lambda h: h.relu() + h * 0.5,
+    "groups": lambda h: h.masked_fill(
+        torch.zeros(5, 2)
+        .scatter(1, h.view(5, 2, 3).amax(-1).topk(1).indices, 1.0)
+        .repeat_interleave(3, 1)
+        .bool()
+        .logical_not(),
+        float("-inf"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*TIED, *CLEAR])
+def test_ties_are_told_from_chance(name: str) -> None:
+    values: Any = (TIED | CLEAR)[name]
+    program = captured(
+        {"r": (6, 8), "t": (6, 4)}, lambda w, x: F.embedding(values(F.linear(x, w.r)).argmax(-1), w.t), [X]
+    )
+    assert any(Pin.TIES in factor.pins for factor in row_factors(analyse(program))) == (name in TIED)
