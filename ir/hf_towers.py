@@ -99,12 +99,14 @@ def _features(found: Any) -> torch.Tensor:
     return torch.stack(list(found)) if isinstance(found, (list, tuple)) else found
 
 
-def capture_vision(model: nn.Module, pixels: torch.Tensor) -> tuple[Program, torch.Tensor]:
+def capture_vision(
+    model: nn.Module, pixels: torch.Tensor, axes: Mapping[str, Any] | None = None
+) -> tuple[Program, torch.Tensor]:
     """The entry `vision` for images like these, and what it gives for them, (images, features, width)."""
     vision = Vision(model)
     with torch.no_grad():
         features = vision(pixels)[FEATURES]
-    return capture_module(vision, (), {PIXELS: pixels}, None, check=False), features
+    return _capture(vision, {PIXELS: pixels}, axes or {}), features
 
 
 def capture_towers(
@@ -129,10 +131,7 @@ def capture_towers(
 def _towers(
     model: nn.Module, examples: Mapping[str, torch.Tensor], known: dict[str, Any], among: bool
 ) -> dict[str, Program]:
-    pixels = {PIXELS: examples[PIXELS]}
-    with torch.no_grad():
-        features = Vision(model)(**pixels)[FEATURES]
-    vision = _capture(Vision(model), pixels, known)
+    vision, features = capture_vision(model, examples[PIXELS], known)
     ids = examples["input_ids"]
     given = {"input_ids": ids, "attention_mask": examples.get("attention_mask", torch.ones_like(ids))}
     known.setdefault("attention_mask", known.get("input_ids", {}))

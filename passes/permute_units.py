@@ -17,18 +17,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import fx
 
 from laconic.ir.axes import Axes, Factor, analyse, factors, free, row_factors
+from laconic.ir.axes.alike import alike
 from laconic.ir.axes.classes import first_calls
-from laconic.ir.axes.dims import Pin
-from laconic.ir.axes.held import Holding
 from laconic.ir.axes.positions import coordinates
 from laconic.ir.program import Kind, Program
 from laconic.passes.axes import AxesPass, class_action
 from laconic.passes.base import Plan
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -43,8 +39,8 @@ class PermuteUnits(AxesPass):
     def plan(self, program: Program, statistics: Any = None, score: Any = None) -> Plan:
         axes = analyse(program)
         where = first_calls(axes)
-        alike = _alike(axes)
-        units = [f for f in row_factors(axes) if free(f) and isinstance(f.size, int) and f in where and f not in alike]
+        tied = alike(axes)
+        units = [f for f in row_factors(axes) if free(f) and isinstance(f.size, int) and f in where and f not in tied]
         actions = []
         for factor, keys in _keys(axes, units, self.by).items():
             order = torch.argsort(keys, descending=True, stable=True).tolist()
@@ -55,46 +51,6 @@ class PermuteUnits(AxesPass):
 
     def said(self, plan: Plan) -> str:
         return f"{len(plan.actions)} axes put in order of their units' {self.by} norms"
-
-
-def _alike(axes: Axes) -> set[Factor]:
-    """The factors along which the first of several greatest is chosen, whatever the inputs are: a router of zeros."""
-    holding, found = Holding(axes), set[Factor]()
-    for gather in axes.gathers:
-        own = [factor for factor in factors(gather.dim) if Pin.TOPK in factor.pins]
-        held = holding.of(*gather.operands[0]) if own else None
-        known = held.value[held.known & ~held.at(gather.neutral)] if held else torch.zeros(0)
-        if own and (len(set(known.tolist())) < len(known) or _like_rows(axes, gather.operands[0][0])):
-            found.update(own)
-    return found
-
-
-_COPIES = frozenset({aten._to_copy.default, aten.reshape.default, aten.softmax.int, aten._softmax.default})
-_COPIES |= {aten.sigmoid.default, aten.log_softmax.int, aten.clone.default}
-
-
-def _like_rows(axes: Axes, value: fx.Node) -> bool:
-    """Whether values are products with a weight of which two rows are the same: what one gives the other does too."""
-    while value.target in _COPIES:
-        value = value.args[0]  # type: ignore[assignment]
-    if value.target is aten.linear.default:
-        turned, parts = False, [value.args[1], *value.args[2:]]
-    elif value.target in (aten.mm.default, aten.matmul.default):
-        turned, parts = True, [value.args[1]]
-    else:
-        return False
-    if isinstance(parts[0], fx.Node) and parts[0].target in (aten.t.default, aten.transpose.int):
-        turned, parts[0] = not turned, parts[0].args[0]
-    rows = [axes.program.weights[p.meta["name"]].value for p in parts if isinstance(p, fx.Node) and _is_weight(p)]
-    if len(rows) != len([p for p in parts if p is not None]) or rows[0].dim() != 2 or rows[0].device.type == "meta":
-        return False
-    matrix = rows[0].detach().t() if turned else rows[0].detach()
-    matrix = torch.cat([matrix, *(row.detach()[:, None] for row in rows[1:])], 1)
-    return len({tuple(row) for row in matrix.tolist()}) < len(matrix)
-
-
-def _is_weight(node: fx.Node) -> bool:
-    return node.op == "placeholder" and node.meta["kind"] not in (Kind.INPUT, Kind.STATE)
 
 
 def _keys(axes: Axes, units: list[Factor], by: str) -> dict[Factor, torch.Tensor]:

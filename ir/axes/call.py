@@ -116,7 +116,7 @@ class Call:
             self.axes.arranged.append((dim, by, self.node))
         return dim
 
-    def looks_not(self, value: fx.Node) -> None:
+    def ignores(self, value: fx.Node) -> None:
         """An operand's shape is all that it takes of it."""
         self.asked.add(value)
 

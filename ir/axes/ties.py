@@ -13,6 +13,8 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
+from laconic.ir.traits import argument
+
 #: Their results differ, whatever their operands are.
 _MIX = frozenset(
     {
@@ -82,18 +84,16 @@ def tied(node: fx.Node, known: Mapping[fx.Node, str | None]) -> str | None:
         return operands[0] if all(operands) else None
     if name in _ANY:
         return next(filter(None, operands), None)
-    if name in ("masked_fill", "where") and not _by_comparison(node):
+    mask = {"masked_fill": "mask", "where": "condition"}.get(name)
+    if mask is not None and not _by_comparison(argument(node, mask)):
         # What is left out because others were chosen is not chosen itself.
-        return next(filter(None, operands[0 if name == "masked_fill" else 1 :][:1]), None)
+        return next((known.get(value) for value in node.all_input_nodes if value is not argument(node, mask)), None)
     return f"%{node.name} ({name})"
 
 
-def _by_comparison(node: fx.Node) -> bool:
-    """Whether the mask of a call comes of comparing values, so that any number of them may be filled."""
-    mask = node.args[1] if node.target is torch.ops.aten.masked_fill.Scalar or len(node.args) < 3 else node.args[0]
-    if node.target in (torch.ops.aten.masked_fill.Scalar, torch.ops.aten.masked_fill.Tensor):
-        mask = node.args[1]
-    seen, left = set[fx.Node](), [mask] if isinstance(mask, fx.Node) else []
+def _by_comparison(mask: fx.Node) -> bool:
+    """Whether a mask comes of comparing values, so that any number of them may be filled."""
+    seen, left = set[fx.Node](), [mask]
     while left:
         value = left.pop()
         if value in seen or not isinstance(value.target, torch._ops.OpOverload):

@@ -20,7 +20,7 @@ from laconic.figures import Judge
 from laconic.ir.capture import capture_module
 from laconic.ir.data import Data
 from laconic.ir.errors import UsageError
-from laconic.ir.hf_cached import with_entries
+from laconic.ir.hf_entries import with_entries
 from laconic.ir.inputs import Case, cases
 from laconic.ir.metrics.registry import load as load_metric
 from laconic.ir.program import Program

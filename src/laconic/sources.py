@@ -19,7 +19,7 @@ from laconic.artefact import LEDGER, RECIPE, load_program, read_recipe
 from laconic.ir.capture import capture_module
 from laconic.ir.errors import FixedAxisError, LaconicError, UnsupportedError, UsageError
 from laconic.ir.hf import load_folder
-from laconic.ir.hf_cached import with_entries
+from laconic.ir.hf_entries import with_entries
 from laconic.ir.past import TEXT
 from laconic.ir.program import Program
 from laconic.ir.pt2 import read_pt2

@@ -25,7 +25,7 @@ from laconic.generate.onnx import OnnxDecoder
 from laconic.ir.capture import capture_module
 from laconic.ir.entries import combine
 from laconic.ir.errors import UnsupportedError, UsageError
-from laconic.ir.hf_cached import capture_cached
+from laconic.ir.hf_entries import capture_cached
 from laconic.ir.program import Kind
 from laconic.model import Model
 

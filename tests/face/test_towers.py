@@ -16,7 +16,7 @@ from laconic.generate import generate
 from laconic.generate.onnx import OnnxDecoder
 from laconic.ir.entries import combine
 from laconic.ir.errors import UnsupportedError, UsageError
-from laconic.ir.hf_cached import capture_cached
+from laconic.ir.hf_entries import capture_cached
 from laconic.ir.hf_towers import capture_towers, placed
 from laconic.ir.program import Program
 from laconic.ir.run import evaluate

@@ -69,7 +69,7 @@ def sized_like(call: Call) -> Label:
     """As large as another, whose positions are not its own where they are in the order of values: what says where each
     went is made so."""
     value = call.operand
-    call.looks_not(value)
+    call.ignores(value)
     return tuple(
         fresh(size_of(dim)) if any(Pin.ARRANGED in f.pins for f in factors(dim)) else dim for dim in call.dims(value)
     )

@@ -33,7 +33,7 @@ class Decoder(ABC):
     def run(self, inputs: Mapping[str, torch.Tensor], *, first: bool) -> torch.Tensor:
         """The logits of the last of these tokens: of a prompt or source, if it is the `first` call, else of one."""
         if first and self.image_token is not None:
-            seen = self._call(VISION, inputs)[FEATURES] if PIXELS in inputs else self.takes(PREFILL, FEATURES)
+            seen = self._call(VISION, inputs)[FEATURES] if PIXELS in inputs else self.empty(PREFILL, FEATURES)
             inputs = {**inputs, FEATURES: seen}
         return self._call(self._first if first else DECODE, inputs)["logits"][:, -1]
 
@@ -46,7 +46,7 @@ class Decoder(ABC):
         """The results of an entry, by name; caches are kept."""
 
     @abstractmethod
-    def takes(self, name: str, given: str) -> torch.Tensor:
+    def empty(self, name: str, given: str) -> torch.Tensor:
         """Zeros, of the shape that an entry takes an input of fixed sizes in."""
 
     @property
@@ -93,7 +93,7 @@ class ProgramDecoder(Decoder):
         """What an entry gives for these inputs and the rows as they are."""
         return self._run[name](self._rows, [inputs[given.name] for given in self._entries[name].inputs])
 
-    def takes(self, name: str, given: str) -> torch.Tensor:
+    def empty(self, name: str, given: str) -> torch.Tensor:
         node = next(n for n in self._entries[name].input_nodes() if n.meta["name"] == given)
         kind = type_of(node.meta["val"])
         assert isinstance(kind, TensorType)

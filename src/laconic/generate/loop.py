@@ -26,24 +26,15 @@ class Choice:
 
     def __post_init__(self) -> None:
         """Raise UsageError for a setting out of range."""
-        for name, value, right, range_ in (
-            (
-                "temperature",
-                self.temperature,
-                self.temperature > 0,
-                "above 0; do_sample=False takes the likeliest",
-            ),
-            ("top_k", self.top_k, self.top_k is None or self.top_k >= 0, "1 or more, or None"),
-            ("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "above 0, and 1 at most"),
-            (
-                "repetition_penalty",
-                self.repetition_penalty,
-                self.repetition_penalty is None or self.repetition_penalty > 0,
-                "above 0; 1 changes nothing",
-            ),
+        k, p, penalty = self.top_k, self.top_p, self.repetition_penalty
+        for name, right, allowed in (
+            ("temperature", self.temperature > 0, "above 0; do_sample=False takes the likeliest"),
+            ("top_k", k is None or k >= 0, "1 or more, or None"),
+            ("top_p", p is None or 0 < p <= 1, "above 0, and 1 at most"),
+            ("repetition_penalty", penalty is None or penalty > 0, "above 0; 1 changes nothing"),
         ):
             if not right:
-                raise UsageError(f"{name} is {value}", hint=range_)
+                raise UsageError(f"{name} is {getattr(self, name)}", hint=allowed)
 
     def processors(self, more: Iterable[Any], padding: torch.Tensor) -> Any:
         """transformers' logits processors for these settings, then those given; `padding` (sequences,) tells how many
@@ -111,10 +102,7 @@ def generate(
         ids, padding = torch.full((given, 1), start), torch.zeros_like(padding)
     processors = choice.processors(_several("logits_processor", logits_processor), padding)
     criteria = _several("stopping_criteria", stopping_criteria)
-    if streamer is not None and not (callable(streamer) or hasattr(streamer, "put")):
-        raise UsageError(f"streamer is a {type(streamer).__name__}", hint="a function of tokens, or one with put()")
-    if seed is not None and type(seed) is not int:
-        raise UsageError(f"seed is {seed!r}", hint="a whole number")
+    _refuse_others(streamer, seed)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     going = torch.ones(given, dtype=torch.bool)
     said = ids
@@ -180,10 +168,8 @@ class _SourceSteps:
 
     def __init__(self, decoder: Decoder, size: int, ids: torch.Tensor, mask: torch.Tensor, start: int) -> None:
         self.decoder, self.start, self.at = decoder, start, 0
-        self.ids, self.mask = (
-            torch.zeros(len(ids), size, dtype=torch.long),
-            torch.zeros(len(ids), size, dtype=torch.long),
-        )
+        self.ids = torch.zeros(len(ids), size, dtype=torch.long)
+        self.mask = torch.zeros_like(self.ids)
         for row, (own, there) in enumerate(zip(ids, mask.bool(), strict=True)):
             kept = own[there]
             self.ids[row, : len(kept)], self.mask[row, : len(kept)] = kept, 1
@@ -201,6 +187,13 @@ class _SourceSteps:
         places = torch.tensor([self.at])
         given = {"decoder_input_ids": token, "attention_mask": self.mask, "cache_position": places}
         return self.decoder.run(given | more, first=first)
+
+
+def _refuse_others(streamer: Any, seed: Any) -> None:
+    if streamer is not None and not (callable(streamer) or hasattr(streamer, "put")):
+        raise UsageError(f"streamer is a {type(streamer).__name__}", hint="a function of tokens, or one with put()")
+    if seed is not None and type(seed) is not int:
+        raise UsageError(f"seed is {seed!r}", hint="a whole number")
 
 
 def _several(name: str, given: Any) -> list[Any]:

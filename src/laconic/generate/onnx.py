@@ -57,7 +57,7 @@ class OnnxDecoder(Decoder):
         self._states |= {n.removesuffix(_NEXT): v for n, v in found.items() if n.endswith(_NEXT)}
         return {result: to_torch(value) for result, value in found.items() if not result.endswith(_NEXT)}
 
-    def takes(self, name: str, given: str) -> torch.Tensor:
+    def empty(self, name: str, given: str) -> torch.Tensor:
         return self._declared[name][given].zeros()
 
     @property

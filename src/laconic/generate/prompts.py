@@ -128,7 +128,7 @@ def refuse_other_images(decoder: Decoder, ids: torch.Tensor, pixels: torch.Tenso
             raise UsageError(f"there are {PIXELS}, and the model was captured without images", hint="leave them out")
         return
     counts = (ids == decoder.image_token).sum(1).tolist()
-    features = decoder.takes(PREFILL, FEATURES).shape[1]
+    features = decoder.empty(PREFILL, FEATURES).shape[1]
     wanted = (0, features) if pixels is not None else (0,)
     for row, count in enumerate(counts):
         if count not in wanted:
@@ -138,7 +138,7 @@ def refuse_other_images(decoder: Decoder, ids: torch.Tensor, pixels: torch.Tenso
                 hint=f"one token for each feature, and one image for each prompt, as {PIXELS}",
             )
     if pixels is not None:
-        image = tuple(decoder.takes(VISION, PIXELS).shape[1:])
+        image = tuple(decoder.empty(VISION, PIXELS).shape[1:])
         if pixels.dim() != 4 or len(pixels) != len(ids) or tuple(pixels.shape[1:]) != image:
             raise UsageError(
                 f"{PIXELS} are {tuple(pixels.shape)}", hint=f"{(len(ids), *image)}: one image for each prompt"
