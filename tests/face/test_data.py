@@ -369,6 +369,7 @@ def test_slips(saved: Path, capfd: pytest.CaptureFixture[str], more: list[str], 
     assert said in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_sums_of_one(saved: Path, tmp_path: Path) -> None:
     path = str(written(tmp_path / "a.jsonl"))
     line = ["audit", str(saved), "--calibration", path, "--batch", "2", "--threads", "1", "-q", "--json"]

@@ -22,6 +22,7 @@ LIMIT = 1.6
 BESIDE = 32 << 20
 
 
+@pytest.mark.slow
 def test_a_small_model(tmp_path: Path) -> None:
     size = memory.write_llama(tmp_path / "model", SMALL)
     assert size > 60e6

@@ -147,7 +147,7 @@ def real(name: str) -> tuple[Program, dict[str, torch.Tensor]]:
     return program, {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor)}
 
 
-FAST = ["demo", "resnet"]
+FAST = ["resnet"]
 
 
 @pytest.mark.parametrize(
