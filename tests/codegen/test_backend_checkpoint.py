@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -54,6 +55,7 @@ class Selective(Stack):
         return self.head(x)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_saves_what_its_policy_says() -> None:
     model = made(Selective)
     call = compiled(model)

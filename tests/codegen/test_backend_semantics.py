@@ -184,6 +184,7 @@ def test_a_graph_break_in_the_midst() -> None:
     rolled(4, graphs=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("grad", "marked"), [(False, False), slowly(True, False), slowly(False, True), slowly(True, True)]
 )

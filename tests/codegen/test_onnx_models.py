@@ -197,7 +197,7 @@ def mixture(name: str) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
     return hf.Qwen3MoeForCausalLM(config), *sequences(use_cache=False)
 
 
-@pytest.mark.parametrize("name", ["mixtral", pytest.param("qwen3-moe", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in ("mixtral", "qwen3-moe")])
 def test_mixtures_of_experts(tmp_path: Path, name: str) -> None:
     torch.manual_seed(0)
     model, inputs, axes = mixture(name)

@@ -44,7 +44,7 @@ def bert() -> Program:
     return capture_module(model.eval(), (), {"input_ids": torch.randint(0, 100, (3, 7))}, axes)
 
 
-@pytest.mark.parametrize("seed", [0, 7])
+@pytest.mark.parametrize("seed", [0, pytest.param(7, marks=pytest.mark.slow)])
 def test_a_few_small_results_are_not_judged_by_one_draw(tmp_path: Path, seed: int) -> None:
     """Three numbers for each image: torch's error on a single case is luck, and ONNX Runtime's may be larger."""
     torch.manual_seed(seed)
@@ -72,7 +72,9 @@ def loosened(model: ir.Model) -> None:
     node.attributes["epsilon"] = ir.AttrFloat32("epsilon", 1e-5)
 
 
-@pytest.mark.parametrize("plant", [scaled, unbiased, loosened])
+@pytest.mark.parametrize(
+    "plant", [scaled, *(pytest.param(plant, marks=pytest.mark.slow) for plant in (unbiased, loosened))]
+)
 def test_planted_faults_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plant: Callable[[ir.Model], None]
 ) -> None:

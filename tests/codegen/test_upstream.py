@@ -51,7 +51,7 @@ def worst(found: Outcome, wanted: Outcome) -> float:
 
 
 @pytest.mark.parametrize(
-    "way", ["nested_compile_region", pytest.param("use_graph_deduplication", marks=pytest.mark.slow)]
+    "way", [pytest.param(way, marks=pytest.mark.slow) for way in ("nested_compile_region", "use_graph_deduplication")]
 )
 def test_regions_that_are_compiled_once_train_wrong(way: str) -> None:
     model = made(lambda: Layers(region if way == "nested_compile_region" else plain))

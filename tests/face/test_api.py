@@ -116,6 +116,7 @@ def test_only_sizes_that_both_take_are_measured() -> None:
         evaluate_programs(captured(X, {0: Dim("b")}), captured(torch.rand(7, 8), {0: Dim("b", min=6)}), ["max-abs"])
 
 
+@pytest.mark.slow
 def test_a_recurrent_model_keeps_its_batch_and_fixes_its_sequence(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.MambaConfig(

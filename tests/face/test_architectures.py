@@ -18,7 +18,12 @@ from laconic.ir.metrics.differences import bit_equal
 SIZES = [(1, 1, 1), (2, 9, 4), (5, 13, 17)]
 
 
-@pytest.fixture(scope="module", params=sorted(ARCHITECTURES))
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=pytest.mark.slow) if name in ("bert", "t5") else name for name in sorted(ARCHITECTURES)
+    ],
+)
 def optimized(request: pytest.FixtureRequest) -> tuple[str, torch.nn.Module, dict[str, Any], laconic.Result]:
     module, inputs, axes = make(request.param)
     return request.param, module, inputs, laconic.optimize(module, inputs=inputs, dynamic_shapes=axes)

@@ -302,6 +302,7 @@ def test_eval_on_data(saved: Path, tmp_path: Path, capfd: pytest.CaptureFixture[
     assert "difference" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_saved_dir_remembers_where_its_tokenizer_is(
     saved: Path, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -499,6 +499,7 @@ def test_what_the_model_caches_by_itself_is_not_asked_for() -> None:
         laconic.capture(module.eval(), **own)
 
 
+@pytest.mark.slow
 def test_a_capture_leaves_the_model_as_it_was() -> None:
     """A model in training stays in training; what is captured is in inference."""
     torch.manual_seed(0)

@@ -80,6 +80,7 @@ def test_a_block_without_influence(planted: dict[str, Table]) -> None:
     assert found.matrix[6][7] < 1e-3 < found.matrix[0][8]
 
 
+@pytest.mark.slow
 def test_a_duplicated_expert_and_one_that_is_never_chosen() -> None:
     def plant(model: Any) -> None:
         experts = model.model.layers[1].mlp.experts

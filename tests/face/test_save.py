@@ -291,6 +291,7 @@ def test_failing_while_saving_leaves_nothing(
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_kill_at_twenty_moments_leaves_the_old_dir_or_the_new_one(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", KILLER, str(tmp_path / "out")],

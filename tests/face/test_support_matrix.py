@@ -23,7 +23,7 @@ import support_matrix  # noqa: E402
 from matrix_checks import Hole, Subject  # noqa: E402
 from matrix_models import ROWS, ZOO  # noqa: E402
 
-FAST = ("bert", "gpt2", "llama", "vit", "mixtral")
+FAST = {"llama", "vit", "mixtral"}
 EVERY = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in ROWS]
 
 
