@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
+from laconic.ir.calibration import Calibration
 from laconic.ir.program import Program
 from laconic.ir.rewrite import find
 from laconic.passes.base import Contract, Pass, Plan
@@ -21,7 +22,7 @@ class FastTanh(Pass):
     summary: ClassVar[str] = "a faster tanh that is none"
     contract: ClassVar[Contract] = Contract.EXACT
 
-    def plan(self, program: Program, statistics: Any = None, score: Any = None) -> Plan:
+    def plan(self, program: Program, calibration: Calibration | None = None) -> Plan:
         actions = [
             {"rule": "tanh", "entry": entry.name, "node": node.name, "site": node.meta.get("site")}
             for entry in program.entries.values()

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from laconic.ir.errors import UsageError
+from laconic.ir.listing import SlotKind
 from laconic.ir.program import Alias, Entry, Kind, Program, Role
 from laconic.ir.propagate import propagate
 from laconic.ir.rewrite import dead_nodes, drop_weight, drop_weights, used_rows, weight_node
@@ -119,6 +120,10 @@ class Depth:
         homes = self._streams[stream].homes
         return {name: self.structures[name].streams[s].branches[place] for name, s in homes.items()}
 
+    def reads(self, unit: Unit) -> frozenset[str]:
+        """The rows that a branch reads in any entry, whoever else does, but for states."""
+        return self._streams[unit.stream].reads[unit.place]
+
     def _units(self) -> Iterator[Unit]:
         """The branches of all streams with the rows, states among them, that each reads and no other does."""
         read: dict[tuple[int, int], set[str]] = {}
@@ -141,27 +146,39 @@ class Depth:
                 first = run.first + k * run.period
                 yield Block(number, k, tuple(at[stream, first + j] for j in range(run.period)))
 
-    def skip(self, units: Iterable[Unit]) -> Program:
+    def skip(self, units: Iterable[Unit], into: Program | None = None) -> Program:
         """A Program without these branches: each adds nothing to its stream. What stands behind the addition (the norm
-        of a post-norm model) stays.
+        of a post-norm model) stays. `into`, if given, is a clone of the program, which is changed.
 
         Raises UsageError if a branch's inner values are used elsewhere too.
         """
         chosen = {(unit.stream, unit.place) for unit in units}
-        return self._without(chosen, lambda branch: (branch.add, branch.v))
+        return self._without(chosen, lambda branch: (branch.add, branch.v), into or self.program.clone())
 
-    def skip_blocks(self, blocks: Iterable[Block]) -> Program:
-        """A Program without these blocks: each gives what it is given, norms behind its additions gone too.
+    def skip_blocks(self, blocks: Iterable[Block], into: Program | None = None) -> Program:
+        """A Program without these blocks: each gives what it is given, norms behind its additions gone too. `into`, if
+        given, is a clone of the program, which is changed.
 
         Raises UsageError if a block's inner values are used elsewhere too.
         """
         chosen = {(unit.stream, unit.place) for block in blocks for unit in block.units}
-        return self._without(chosen, lambda branch: (branch.out, branch.v))
+        return self._without(chosen, lambda branch: (branch.out, branch.v), into or self.program.clone())
+
+    def refuse(self, units: Collection[Unit]) -> None:
+        """Raise UsageError if these branches, all of a block or one alone, cannot be skipped, and say why."""
+        chosen = {(unit.stream, unit.place) for unit in units}
+        gone = self._states_only_of(chosen)
+        for stream, place in sorted(chosen):
+            for name, branch in self.branches(stream, place).items():
+                _refuse_exits(self.program, self.program.entries[name], branch, gone)
+                _held_alike(branch.add if len(chosen) == 1 else branch.out, branch.v)
 
     def _without(
-        self, chosen: Collection[tuple[int, int]], ends: Callable[[Branch], tuple[fx.Node, fx.Node]]
+        self,
+        chosen: Collection[tuple[int, int]],
+        ends: Callable[[Branch], tuple[fx.Node, fx.Node]],
+        made: Program,
     ) -> Program:
-        made = self.program.clone()
         gone = self._states_only_of(chosen)
         used = used_rows(self.program)
         for name in self.structures:
@@ -218,19 +235,16 @@ class Depth:
                 found.add(node)
         return found
 
-    def repoint(self, block: Block, donor: Block, keep: Collection[str] = ()) -> Program:
+    def repoint(self, block: Block, donor: Block, keep: Collection[str] = (), into: Program | None = None) -> Program:
         """A Program in which one block reads another's rows, but for states and the rows to `keep`. Names of rows that
-        nobody reads any more lead to the donor's.
+        nobody reads any more lead to the donor's. `into`, if given, is a clone of the program, or what this made of
+        one, which is changed.
 
-        Raises UsageError if the blocks are not of one run.
+        Raises UsageError if the blocks are not of one run, or read other things than weights.
         """
-        if block.run != donor.run:
-            raise UsageError(
-                f"block {block.number} of run {block.run} and block {donor.number} of run {donor.run} are not alike",
-                hint="a donor is a block of the same run",
-            )
-        pairs = self._pairs(block, donor, keep)
-        made, used = self.program.clone(), used_rows(self.program)
+        pairs = {row: other for row, other in self.pairs(block, donor).items() if row not in keep}
+        made = into or self.program.clone()
+        used = used_rows(made)
         for name in self.structures:
             entry = made.entries[name]
             inside = {node.name for node in self._inside(name, block.units)}
@@ -245,18 +259,40 @@ class Depth:
         drop_weights(made, {row: Alias(other) for row, other in pairs.items() if row in left})
         return made
 
-    def _pairs(self, block: Block, donor: Block, keep: Collection[str]) -> dict[str, str]:
-        """The rows of a block, each with the donor's in its place, slot by slot of the run that has both."""
+    def pairs(self, block: Block, donor: Block) -> dict[str, str]:
+        """The rows that a block reads, each with the donor's in its place, slot by slot of the run that has both; rows
+        that both read, and states, are not among them.
+
+        Raises UsageError if the blocks are not of one run, or read other things than weights.
+        """
+        if block.run != donor.run:
+            raise UsageError(
+                f"block {block.number} of run {block.run} and block {donor.number} of run {donor.run} are not alike",
+                hint="a donor is a block of the same run",
+            )
+        if (why := self.apart(block, donor)) is not None:
+            raise UsageError(f"block {block.number} cannot do with the weights of block {donor.number}", why=why)
+        return {
+            str(own.meta["name"]): str(other.meta["name"])
+            for own, other in self._bound(block, donor)
+            if own.op == "placeholder" and own.meta["kind"] not in (Kind.STATE, Kind.INPUT)
+        }
+
+    def apart(self, block: Block, donor: Block) -> str | None:
+        """In what two blocks of a run differ beside their weights and states: a mask of their own, say; or None."""
+        for own, other in self._bound(block, donor):
+            weights = [n.op == "placeholder" and n.meta["kind"] != Kind.INPUT for n in (own, other)]
+            if not all(weights):
+                return f"it reads %{own.name} where the other one reads %{other.name}"
+        return None
+
+    def _bound(self, block: Block, donor: Block) -> Iterator[tuple[fx.Node, fx.Node]]:
+        """What the slots that are not the blocks' own stream are bound to in both, where that differs."""
         _, run = self._runs[block.run]
-        pairs: dict[str, str] = {}
-        for slot in range(len(run.repeat.slots)):
+        for slot in run.slots(SlotKind.PRIVATE):
             own, other = run.bound(slot, block.number), run.bound(slot, donor.number)
-            if own is other or own.op != "placeholder" or other.op != "placeholder":
-                continue
-            name, theirs = str(own.meta["name"]), str(other.meta["name"])
-            if self.program.weights[name].kind is not Kind.STATE and name not in keep:
-                pairs[name] = theirs
-        return pairs
+            if own is not other:
+                yield own, other
 
 
 def _read_rows(entry: Entry) -> Mapping[fx.Node, str]:

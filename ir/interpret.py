@@ -21,8 +21,9 @@ from laconic.ir.run import Executable, Outcome, declared_weights, outcome
 class Tap:
     """Call `see` with the values of `nodes` (by name) as soon as all are there.
 
-    If `replaces`, there is one node, and those who read it are given what `see` returns: of the same type, or the run
-    fails further down. The value itself must be left as it is.
+    If `replaces`, those who read the first of the nodes, no other of which may stand behind it, are given what `see`
+    returns: of the same type, or the run fails further down. The values must be left as they are. What replaces is
+    given the other nodes as those who read them are; its own, and all that is merely seen, as it was computed.
     """
 
     nodes: tuple[str, ...]
@@ -53,17 +54,23 @@ def _tapped(entry: Entry, taps: Sequence[Tap], results: bool) -> Entry:
     order = {node.name: k for k, node in enumerate(graph.nodes)}
     nodes = {node.name: node for node in graph.nodes}
     inputs = list(entry.placeholders())
-    calls: set[fx.Node] = set()
+    calls: dict[fx.Node, Tap] = {}
+    replaced: dict[fx.Node, fx.Node] = {}
     for k, tap in enumerate(taps):
         seen = tuple(nodes[name] for name in tap.nodes)
         last = max(seen, key=lambda node: order[node.name])
         # Those put in behind one node later stand before those put in earlier: nobody can tell.
         with graph.inserting_after(inputs[-1] if last.op == "placeholder" else last):
             call = graph.call_function(_named(tap.see, k), seen)
-        calls.add(call)
+        calls[call] = tap
         if tap.replaces:
-            (value,) = seen
-            value.replace_all_uses_with(call, delete_user_cb=lambda user: user not in calls)
+            replaced[seen[0]] = call
+    for value, call in replaced.items():
+        value.replace_all_uses_with(call, delete_user_cb=lambda user: user not in calls)
+    for call, tap in calls.items():
+        if tap.replaces:
+            first, *others = (nodes[name] for name in tap.nodes)
+            call.args = (first, *(replaced.get(other, other) for other in others))
     if not results:
         entry.output_node.args = ((),)
         entry.outputs = []

@@ -19,17 +19,28 @@ from laconic.ir.metrics.base import Metric, Results
 from laconic.ir.program import Program
 from laconic.ir.quality import named_results
 
-#: What a gate does to its value: a factor (0 drops it, a tensor drops parts), or any function of it.
-Setting = float | torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
+#: What a gate does to its value: a factor (0 drops it, a tensor drops parts), or any function of it and, where the gate
+#: has one, of what lies beside it.
+Setting = float | torch.Tensor | Callable[..., torch.Tensor]
 Candidate = Mapping[str, Setting]
+
+#: Bytes of results to compare with that are kept in memory; those beyond are computed again each time.
+_KEPT = 2 << 30
 
 
 @dataclass(frozen=True)
 class Gate:
-    """A place at which candidates differ: the value of the node named `node`, as all who read it see it."""
+    """A place at which candidates differ: the value of the node named `node`, a weight's too, as all who read it see
+    it. `beside` names a node that stands before it, such as what goes into the block that it comes out of."""
 
     name: str
     node: str
+    beside: str = ""
+
+
+def passed_by(value: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """The setting of a gate on what comes out of a block, beside what goes into it, by which the block is skipped."""
+    return before
 
 
 class Scorer:
@@ -46,13 +57,23 @@ class Scorer:
         self._settings: Candidate = {}
         self._gates = [gate.name for gate in gates]
         self._refuse(program, gates)
-        places = {gate.node: [g.name for g in gates if g.node == gate.node] for gate in gates}
-        self._run = Interpreter(
-            program, [Tap((node,), self._gate(names), replaces=True) for node, names in places.items()]
-        )
+        places: dict[str, list[Gate]] = {}
+        for gate in gates:
+            places.setdefault(gate.node, []).append(gate)
+        self._run = Interpreter(program, [_tap(self, node, own) for node, own in places.items()])
         batches = [data.batch(k) for k in range(len(data))]
         self._batches = [(b, flat_inputs(program, b, data.place(k))) for k, b in enumerate(batches)]
-        self._open = [self._results(inputs) for _, inputs in self._batches] if metric.reference else None
+        self._open: dict[int, Results] = {}
+        self._room = _KEPT
+
+    @property
+    def tokens(self) -> list[int]:
+        """How many positions count in each batch."""
+        return [batch.tokens for batch, _ in self._batches]
+
+    def setting(self, name: str) -> Setting | None:
+        """What the gate does in the candidate that is judged; None if it is open."""
+        return self._settings.get(name)
 
     def _refuse(self, program: Program, gates: Sequence[Gate]) -> None:
         if self._metric.runs:
@@ -62,35 +83,55 @@ class Scorer:
             raise UsageError(f"two gates are named {min(twice)!r}")
         nodes = [node.name for node in program.forward.graph.nodes]
         for gate in gates:
-            if gate.node not in nodes:
-                raise UsageError(
-                    f"there is no node {gate.node!r} for the gate {gate.name!r}", hint=did_you_mean(gate.node, nodes)
-                )
+            for node in (gate.node, gate.beside or gate.node):
+                if node not in nodes:
+                    raise UsageError(
+                        f"there is no node {node!r} for the gate {gate.name!r}", hint=did_you_mean(node, nodes)
+                    )
 
-    def __call__(self, candidate: Candidate) -> float:
-        """The metric with these gates set, all others open. Raises UsageError for an unknown gate."""
+    def __call__(self, candidate: Candidate, batches: Sequence[int] | None = None) -> float:
+        """The metric with these gates set, all others open, on all batches or those that are named. Raises UsageError
+        for an unknown gate."""
         for name in candidate:
             if name not in self._gates:
                 raise UsageError(f"there is no gate {name!r}", hint=did_you_mean(name, self._gates))
-        self._settings = candidate
-        try:
-            total = weight = 0.0
-            for k, (batch, inputs) in enumerate(self._batches):
-                part = self._metric.parts(self._results(inputs), batch, self._open[k] if self._open else None)
-                total, weight = total + float(part.sums.sum()), weight + float(part.weights.sum())
-        finally:
-            self._settings = {}
+        total = weight = 0.0
+        for k in range(len(self._batches)) if batches is None else batches:
+            batch, inputs = self._batches[k]
+            reference = self._reference(k) if self._metric.reference else None
+            part = self._metric.parts(self._results(candidate, inputs), batch, reference)
+            total, weight = total + float(part.sums.sum()), weight + float(part.weights.sum())
         return self._metric.value(total / weight)
 
-    def _results(self, inputs: list[torch.Tensor]) -> Results:
-        return named_results(self._run.entry, self._run(inputs).results)
+    def _reference(self, k: int) -> Results:
+        """The results of batch k with all gates open."""
+        found = self._open.get(k)
+        if found is None:
+            found = self._results({}, self._batches[k][1])
+            size = sum(value.nbytes for value in found.values())
+            if size <= self._room:
+                self._open[k], self._room = found, self._room - size
+        return found
 
-    def _gate(self, names: Sequence[str]) -> Callable[[torch.Tensor], torch.Tensor]:
-        def see(value: torch.Tensor) -> torch.Tensor:
-            for name in names:
-                setting = self._settings.get(name)
-                if setting is not None:
-                    value = setting(value) if callable(setting) else value * setting
-            return value
+    def _results(self, candidate: Candidate, inputs: list[torch.Tensor]) -> Results:
+        self._settings = candidate
+        try:
+            return named_results(self._run.entry, self._run(inputs).results)
+        finally:
+            self._settings = {}
 
-        return see
+
+def _tap(scorer: Scorer, node: str, gates: Sequence[Gate]) -> Tap:
+    """The gates at one node, as one tap."""
+    beside = list(dict.fromkeys(gate.beside for gate in gates if gate.beside))
+
+    def see(value: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        for gate in gates:
+            setting = scorer.setting(gate.name)
+            if callable(setting):
+                value = setting(value, others[beside.index(gate.beside)]) if gate.beside else setting(value)
+            elif setting is not None:
+                value = value * setting
+        return value
+
+    return Tap((node, *beside), see, replaces=True)

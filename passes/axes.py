@@ -51,7 +51,7 @@ def _member(axes: Axes, factor: Factor) -> tuple[str, int, int]:
     raise KeyError("the factor stands in no row")
 
 
-def _named(axes: Axes, action: Mapping[str, Any]) -> Factor:
+def named(axes: Axes, action: Mapping[str, Any]) -> Factor:
     """The class that an action names. Raises UsageError if there is none like it."""
     label, axis, k = axes.rows.get(action["weight"], ()), action["axis"], action["factor"]
     for factor in list(dict.fromkeys(factors(label[axis] if axis < len(label) else ())))[k : k + 1]:
@@ -74,7 +74,7 @@ class AxesPass(Pass):
 
     def rewrite(self, program: Program, plan: Plan) -> Moves:
         axes, used = analyse(program.clone()), used_rows(program)  # labels are those of what was there before
-        kept = {_named(axes, action): action["positions"] for action in plan.actions}
+        kept = {named(axes, action): action["positions"] for action in plan.actions}
         rewrite(axes, kept, by=self.name, soft=True, into=program)
         for entry, name in dict.fromkeys((f["entry"], f["node"]) for action in plan.actions for f in action["folds"]):
             gather = next(

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from laconic.ir.calibration import Calibration
 from laconic.ir.moves import Moves
 from laconic.ir.program import Program
 
@@ -77,8 +78,6 @@ class Pass(ABC):
 
     name: ClassVar[str]
     summary: ClassVar[str]
-    needs: ClassVar[Needs] = Needs.NOTHING
-    methods: ClassVar[tuple[str, ...]] = ()
     source: ClassVar[str] = ""
 
     @property
@@ -91,6 +90,11 @@ class Pass(ABC):
         return False
 
     @property
+    def needs(self) -> Needs:
+        """What it must be given as it is configured: of the least pass, nothing."""
+        return Needs.NOTHING
+
+    @property
     def spec(self) -> str:
         """The pass with its options as pipeline text, e.g. `dedup{slices=no}`."""
         from laconic.passes.pipeline import print_pass
@@ -98,9 +102,9 @@ class Pass(ABC):
         return print_pass(self)
 
     @abstractmethod
-    def plan(self, program: Program, statistics: Any = None, score: Any = None) -> Plan:
-        """Decide what to rewrite. `statistics` are gathered at sites, `score` rates candidates; exact passes use
-        neither."""
+    def plan(self, program: Program, calibration: Calibration | None = None) -> Plan:
+        """Decide what to rewrite. `calibration` is there if the pass `needs` anything: it gathers statistics at sites,
+        and rates candidates."""
 
     @abstractmethod
     def rewrite(self, program: Program, plan: Plan) -> Moves | None:

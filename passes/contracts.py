@@ -139,10 +139,10 @@ def _gap(old: Any, new: Any) -> str:
 
 
 def distance(captured: Outcomes, now: Outcomes) -> float:
-    """The greatest absolute difference of any output on any case."""
+    """The greatest absolute difference on any case of any output that both have: states of what is dropped are gone."""
     return max((_distance(a.tensors(), b.tensors()) for (_, a), (_, b) in zip(captured, now, strict=True)), default=0.0)
 
 
 def _distance(old: dict[str, Any], new: dict[str, Any]) -> float:
-    pairs: Sequence[tuple[Any, Any]] = [(v, new[k]) for k, v in old.items() if isinstance(v, torch.Tensor)]
+    pairs: Sequence[tuple[Any, Any]] = [(v, new[k]) for k, v in old.items() if isinstance(v, torch.Tensor) and k in new]
     return max((max_abs(a, b) for a, b in pairs if not bit_equal(a, b)), default=0.0)

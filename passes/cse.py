@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 from torch import fx
 
 from laconic.ir.alias import Aliasing
+from laconic.ir.calibration import Calibration
 from laconic.ir.program import Entry, Program
 from laconic.ir.rewrite import hoist, substitute
 from laconic.ir.signature import Interner, signature
@@ -34,7 +35,7 @@ class Cse(Pass):
     summary: ClassVar[str] = "compute common subexpressions once"
     contract: ClassVar[Contract] = Contract.EXACT
 
-    def plan(self, program: Program, statistics: Any = None, score: Any = None) -> Plan:
+    def plan(self, program: Program, calibration: Calibration | None = None) -> Plan:
         actions = [action for entry in program.entries.values() for action in _merges(entry)]
         return Plan(self.spec, tuple(actions), reason="no two calls compute the same")
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from laconic.ir.calibration import Calibration
 from laconic.ir.program import Alias, Kind, Program
 from laconic.ir.rewrite import by_name, dead_nodes, drop_weights
 from laconic.passes.base import Contract, Pass, Plan
@@ -25,7 +26,7 @@ class Dce(Pass):
     summary: ClassVar[str] = "remove calls and weights that nobody uses"
     contract: ClassVar[Contract] = Contract.EXACT
 
-    def plan(self, program: Program, statistics: Any = None, score: Any = None) -> Plan:
+    def plan(self, program: Program, calibration: Calibration | None = None) -> Plan:
         actions: list[dict[str, Any]] = []
         used: set[str] = set()
         for entry in program.entries.values():

@@ -25,6 +25,7 @@ import torch
 
 from laconic.ir.axes import analyse
 from laconic.ir.axes.dead import dead_positions
+from laconic.ir.calibration import Calibration
 from laconic.ir.program import Program
 from laconic.passes.axes import AxesPass, class_action
 from laconic.passes.base import Plan
@@ -39,7 +40,7 @@ class DeadUnits(AxesPass):
     name: ClassVar[str] = "dead-units"
     summary: ClassVar[str] = "leave out channels, heads and experts that are provably zero, constant or unused"
 
-    def plan(self, program: Program, statistics: Any = None, score: Any = None) -> Plan:
+    def plan(self, program: Program, calibration: Calibration | None = None) -> Plan:
         axes = analyse(program)
         found = dead_positions(axes, constants=self.constants)
         actions: list[dict[str, Any]] = []

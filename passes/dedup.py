@@ -34,6 +34,7 @@ import torch
 from torch import fx
 
 from laconic.ir.alias import exposed
+from laconic.ir.calibration import Calibration
 from laconic.ir.memory import misalignment
 from laconic.ir.metrics.differences import bit_equal
 from laconic.ir.program import Alias, Entry, Kind, Program, Weight
@@ -69,7 +70,7 @@ class Dedup(Pass):
     def reads_values(self) -> bool:
         return True
 
-    def plan(self, program: Program, statistics: Any = None, score: Any = None) -> Plan:
+    def plan(self, program: Program, calibration: Calibration | None = None) -> Plan:
         returned = exposed(program)
         rows = [
             w

@@ -30,6 +30,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from laconic.ir.calibration import Calibration
 from laconic.ir.program import Alias, Entry, Program
 from laconic.ir.rewrite import (
     add_constant,
@@ -66,7 +67,7 @@ class FoldWeights(Pass):
     def reads_values(self) -> bool:
         return True
 
-    def plan(self, program: Program, statistics: Any = None, score: Any = None) -> Plan:
+    def plan(self, program: Program, calibration: Calibration | None = None) -> Plan:
         near: list[str] = []
         tensors: dict[str, torch.Tensor] = {}
         actions: list[dict[str, Any]] = []

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import ParamSpec, TypeVar
 
 import torch
 
+from laconic.ir.calibration import Calibration
 from laconic.ir.errors import LaconicError, UsageError, VerificationError
 from laconic.ir.inputs import Case, cases, cases_beside
 from laconic.ir.outcomes import Outcomes
@@ -95,12 +96,14 @@ class Run:
 
 @dataclass
 class _State:
-    """A run under way, and what is known of its program: its fingerprint, and its outcomes beside the captured ones."""
+    """A run under way, and what is known of its program: its fingerprint, and its outcomes beside the captured ones;
+    and what its passes decide on."""
 
     run: Run
     fingerprint: Fingerprint
     captured: Outcomes | None
     known: Outcomes | None
+    calibration: Calibration | None
 
 
 def no_metrics(program: Program) -> Mapping[str, float]:
@@ -112,7 +115,8 @@ def no_metrics(program: Program) -> Mapping[str, float]:
 class PassManager:
     """A pipeline ready to run. `verify_each` and `check_contracts` are on unless switched off for speed; what they did
     not see is not called verified. With `plans`, one for each pass, nothing is decided again. `judge` gives the metrics
-    that the ledger tells after each pass that changes something. Raises UsageError for plans of other passes."""
+    that the ledger tells after each pass that changes something; `calibration` is what passes that need any decide on.
+    Raises UsageError for plans of other passes."""
 
     passes: Sequence[Pass]
     verify_each: bool = True
@@ -120,6 +124,7 @@ class PassManager:
     instruments: Sequence[Instrument] = ()
     plans: Sequence[Plan] = ()
     judge: Callable[[Program], Mapping[str, float]] = no_metrics
+    calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         if self.plans and [plan.spec for plan in self.plans] != [item.spec for item in self.passes]:
@@ -144,7 +149,8 @@ class PassManager:
         model = str(program.facts.get("model", "program"))
         before = measure(program, 0.0 if captured else None, self.judge(program))
         ledger = Ledger(model, print_pipeline(self.passes), before)
-        state = _State(Run(program, ledger), fingerprint(program), captured, captured)
+        decided = None if self.calibration is None else replace(self.calibration, original=program)
+        state = _State(Run(program, ledger), fingerprint(program), captured, captured, decided)
         if self.verify_each:
             self._timed(Phase.VERIFY, state.run.contents.hold, program)
         for position, item in enumerate(self.passes):
@@ -160,9 +166,14 @@ class PassManager:
         return state.run
 
     def _refuse_unmet_needs(self) -> None:
+        if self.plans or self.calibration is not None:
+            return
         for item in self.passes:
             if item.needs is not Needs.NOTHING:
-                raise UsageError(f"the pass {item.spec!r} needs {item.needs}, which nothing provides yet")
+                raise UsageError(
+                    f"the pass {item.spec!r} needs {item.needs}, and there is no data to decide on",
+                    hint="add --calibration D, or optimize(..., calibration=D)",
+                )
 
     def _timed(self, phase: Phase, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Do the work and tell the instruments how long it took, whether it failed or not."""
@@ -194,7 +205,8 @@ class PassManager:
             instrument.before_pass(position, item, run.program)
         start = time.perf_counter()
         try:
-            plan = self.plans[position] if self.plans else self._timed(Phase.PLAN, item.plan, run.program)
+            plan = self.plans[position] if self.plans else None
+            plan = plan or self._timed(Phase.PLAN, item.plan, run.program, state.calibration)
             result = self._timed(Phase.APPLY, item.apply, run.program, plan)
             seconds = time.perf_counter() - start
             self._timed(Phase.VERIFY, self._verify, state, item, result)

@@ -14,7 +14,7 @@ keep their order, and an axis that is in order stays as it is. Sums are rounded 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -22,6 +22,7 @@ from laconic.ir.axes import Axes, Factor, analyse, factors, free, row_factors
 from laconic.ir.axes.alike import alike
 from laconic.ir.axes.classes import first_calls
 from laconic.ir.axes.positions import coordinates
+from laconic.ir.calibration import Calibration
 from laconic.ir.program import Kind, Program
 from laconic.passes.axes import AxesPass, class_action
 from laconic.passes.base import Plan
@@ -36,7 +37,7 @@ class PermuteUnits(AxesPass):
     name: ClassVar[str] = "permute-units"
     summary: ClassVar[str] = "put channels, heads and experts in the order of their norms, the heaviest first"
 
-    def plan(self, program: Program, statistics: Any = None, score: Any = None) -> Plan:
+    def plan(self, program: Program, calibration: Calibration | None = None) -> Plan:
         axes = analyse(program)
         where = first_calls(axes)
         tied = alike(axes)

@@ -152,6 +152,8 @@ def _make(text: str, at: int, name: str, options: dict[str, tuple[str, int, int]
         return kind(**values)
     except ValueError as problem:
         _fail(text, at, str(problem))
+    except UsageError as problem:
+        _fail(text, at, problem.what, hint=problem.hint)
 
 
 def _parse_value(text: str, at: int, key: str, raw: str, kind: Any) -> Any:

@@ -18,8 +18,11 @@ PASSES = Registry(
         "dce": "laconic.passes.dce:Dce",
         "dead-units": "laconic.passes.dead_units:DeadUnits",
         "dedup": "laconic.passes.dedup:Dedup",
+        "drop-layers": "laconic.passes.drop_layers:DropLayers",
         "fold-weights": "laconic.passes.fold_weights:FoldWeights",
+        "heal": "laconic.passes.heal:Heal",
         "permute-units": "laconic.passes.permute_units:PermuteUnits",
+        "share-layers": "laconic.passes.share_layers:ShareLayers",
         "simplify": "laconic.passes.simplify:Simplify",
     },
 )

@@ -26,6 +26,7 @@ import torch
 from torch import fx
 
 from laconic.ir.alias import Aliasing, alias_operand, root
+from laconic.ir.calibration import Calibration
 from laconic.ir.memory import ALIGNMENT, misalignment
 from laconic.ir.program import Entry, Kind, Program
 from laconic.ir.rewrite import add_constant, by_name, inline_literal, substitute, weight_node
@@ -76,7 +77,7 @@ class Simplify(Pass):
     def reads_values(self) -> bool:
         return self.values
 
-    def plan(self, program: Program, statistics: Any = None, score: Any = None) -> Plan:
+    def plan(self, program: Program, calibration: Calibration | None = None) -> Plan:
         actions: list[dict[str, Any]] = []
         tensors: dict[str, torch.Tensor] = {}
         near: list[str] = []

@@ -12,11 +12,13 @@ from typing import Any
 from torch import nn
 
 from laconic import artefact, sources
+from laconic.cache import cache_folder
 from laconic.codegen.onnx import OnnxReport, write_onnx
 from laconic.codegen.onnx.entries import write_past, write_towers
 from laconic.codegen.pt2 import write_pt2
 from laconic.data.load import load_data
 from laconic.figures import Judge
+from laconic.ir.calibration import Calibration
 from laconic.ir.capture import capture_module
 from laconic.ir.data import Data
 from laconic.ir.errors import UsageError
@@ -113,6 +115,7 @@ def optimize(
     calibration: Data | str | Path | None = None,
     cache: tuple[int, int] | None = None,
     towers: bool = False,
+    seed: int = 0,
 ) -> Result:
     """Run a pipeline on a model and prove at each step what it cost. Never changes `model`.
 
@@ -125,7 +128,8 @@ def optimize(
     `cache` and `towers` are those of `capture`: with a cache, the result can `generate`.
 
     With `data` (`laconic.ir.data.Data`, or what the command line calls DATA) the ledger tells each `metric` after each
-    pass. `calibration` is what passes decide on: data that overlaps it is refused.
+    pass. `calibration` is what passes decide on: data that overlaps it is refused. `seed` is that of all that is drawn
+    at random, for checks and for decisions: with the same one a pass decides alike.
 
     Raises VerificationError naming the pass that broke a rule or its contract, UsageError for an unknown pass and for
     inputs that do not fit the captured model.
@@ -144,14 +148,15 @@ def optimize(
         program, folder = model, None
     else:
         program, folder = sources.opened(str(model), cache=cache, towers=towers)
-    chosen = cases(program, program.forward) + [_case(program, g) for g in given]
+    chosen = cases(program, program.forward, seed=seed) + [_case(program, g) for g in given]
+    decided = None if calibration is None else _data(calibration, program, folder, "calibration")
     judge: Callable[[Program], Mapping[str, float]] = no_metrics
     if data is not None:
         judged = _data(data, program, folder, "selection")
-        decided = None if calibration is None else _data(calibration, program, folder, "calibration")
         names = [metric] if isinstance(metric, str) else metric
         judge = Judge(program, judged, [load_metric(name) for name in names], calibration=decided)
-    run = PassManager(passes, verify_each, check, instruments, judge=judge).run(program, chosen)
+    own = None if decided is None else Calibration(decided, seed, cache_folder() / "calibration")
+    run = PassManager(passes, verify_each, check, instruments, judge=judge, calibration=own).run(program, chosen)
     return Result(run.program, run.ledger, run.plans, run.contents)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from laconic.artefact import save
 from laconic.figures import Judge
+from laconic.ir.calibration import Calibration
 from laconic.ir.errors import LaconicError, UsageError
 from laconic.ir.inputs import Case
 from laconic.ir.program import Program
@@ -71,7 +72,8 @@ class Finding:
 
 
 class Bisection:
-    """A search among the passes of a pipeline. `progress` is told each candidate before it is tested."""
+    """A search among the passes of a pipeline, which decide on `calibration` if they need any. `progress` is told each
+    candidate before it is tested."""
 
     def __init__(
         self,
@@ -80,15 +82,16 @@ class Bisection:
         test: Tester,
         *,
         inputs: Sequence[Case] | None = None,
+        calibration: Calibration | None = None,
         progress: Callable[[str], None] = lambda candidate: None,
     ) -> None:
         self._program, self._passes, self._test = program, list(passes), test
-        self._inputs, self._progress = inputs, progress
+        self._inputs, self._calibration, self._progress = inputs, calibration, progress
         self._found = Finding()
 
     def search(self) -> Finding:
         """Raises UsageError if the model is bad before any pass, and what a pass that breaks its contract raises."""
-        whole = PassManager(self._passes).run(self._program, self._inputs)
+        whole = PassManager(self._passes, calibration=self._calibration).run(self._program, self._inputs)
         self._plans = whole.plans
         changed = [k for k, row in enumerate(whole.ledger.rows, start=1) if row.modified]
         if self._verdict(PassManager([]).run(self._program, self._inputs), "no pass") is not Verdict.GOOD:
@@ -133,7 +136,7 @@ class Bisection:
 
     def _run(self, passes: Sequence[Pass], plans: Sequence[Plan], said: str) -> Verdict:
         try:
-            run = PassManager(passes, plans=plans).run(self._program, self._inputs)
+            run = PassManager(passes, plans=plans, calibration=self._calibration).run(self._program, self._inputs)
         except LaconicError:  # what cannot be made cannot be judged
             self._found.trials.append(Trial(said, Verdict.SKIP, None))
             return Verdict.SKIP

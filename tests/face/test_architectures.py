@@ -21,7 +21,8 @@ SIZES = [(1, 1, 1), (2, 9, 4), (5, 13, 17)]
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(name, marks=pytest.mark.slow) if name in ("bert", "t5") else name for name in sorted(ARCHITECTURES)
+        pytest.param(name, marks=pytest.mark.slow) if name in ("bert", "gpt2", "t5") else name
+        for name in sorted(ARCHITECTURES)
     ],
 )
 def optimized(request: pytest.FixtureRequest) -> tuple[str, torch.nn.Module, dict[str, Any], laconic.Result]:

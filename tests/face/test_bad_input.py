@@ -23,7 +23,7 @@ from laconic.ir.errors import LaconicError, ModelError, UnsupportedError, UsageE
 from laconic.ir.program import Program
 from laconic.sources import resolve
 
-FAST, THOROUGH = 12, 300
+FAST, THOROUGH = 6, 300
 
 
 @pytest.fixture(scope="module")

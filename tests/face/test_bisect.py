@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from laconic.bisect import Bisection, Finding, Tester, Verdict, _first_bad, by_m
 from laconic.cli.main import run
 from laconic.data.named import ListedData
 from laconic.figures import Judge
+from laconic.ir.calibration import Calibration
 from laconic.ir.capture import capture_module
 from laconic.ir.data import Batch
 from laconic.ir.errors import UsageError
@@ -39,7 +40,7 @@ class Scale(Pass):
     harm: int = -1
     by: float = 1 + 1e-6
 
-    def plan(self, program: Program, statistics: Any = None, score: Any = None) -> Plan:
+    def plan(self, program: Program, calibration: Calibration | None = None) -> Plan:
         rows = [row for row in program.weights if row.endswith("weight") and "norm" not in row]
         return Plan(self.spec, tuple({"rule": "scale", "weight": row, "site": k} for k, row in enumerate(rows)))
 

@@ -529,7 +529,7 @@ def test_attention_to_what_is_near_is_refused_in_halves_too(dtype: torch.dtype) 
     assert {weight.dtype for weight in module.parameters()} == {dtype}
 
 
-@pytest.mark.parametrize("wrong", ["positions", pytest.param("mask", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("wrong", [pytest.param(wrong, marks=pytest.mark.slow) for wrong in ("positions", "mask")])
 def test_a_model_that_takes_caches_otherwise_is_refused(wrong: str) -> None:
     """Logits of a padded prompt, and of one token more, that are not the model's own."""
     torch.manual_seed(0)

@@ -140,6 +140,7 @@ def test_what_a_cache_holds_where_one_matrix_makes_all() -> None:
     assert "h.1" in found[-1].where
 
 
+@pytest.mark.slow
 def test_many_dead_channels_are_one_finding() -> None:
     def plant(model: Any) -> None:
         model.model.layers[0].mlp.up_proj.weight[:20] = 0
@@ -167,6 +168,7 @@ def test_equal_matrices_anywhere(planted: dict[str, Table]) -> None:
     assert [f.score == 0.0 for f in found] == [k < len(named) for k in range(len(found))]
 
 
+@pytest.mark.slow
 def test_repeated_tokens() -> None:
     class Repeated(Ragged):
         def batch(self, k: int) -> Batch:

@@ -132,7 +132,7 @@ def test_all_but_one_block_may_go(program: Program) -> None:
 def test_a_block_like_another_reads_its_weights(program: Program) -> None:
     depth = Depth(program)
     donor, block = (b for b in depth.blocks if b.run == 0 and b.number in (0, 1))
-    pairs = depth._pairs(block, donor, ())
+    pairs = depth.pairs(block, donor)
     planted = twin(program, pairs)
     again = Depth(planted)
     after = again.repoint(again.blocks[depth.blocks.index(block)], again.blocks[depth.blocks.index(donor)])
@@ -180,7 +180,7 @@ def test_caches_go_with_their_block(cached: Program) -> None:
 
 @pytest.mark.slow
 def test_a_shared_block_keeps_a_cache_of_its_own(cached: Program) -> None:
-    pairs = Depth(cached)._pairs(*blocks_with_caches(cached)[1::-1], ())
+    pairs = Depth(cached).pairs(*blocks_with_caches(cached)[1::-1])
     planted = twin(cached, pairs)
     first, second = blocks_with_caches(planted)[:2]
     after = Depth(planted).repoint(second, first)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from helpers import own_values, parse
+from laconic.ir.calibration import Calibration
 from laconic.ir.errors import LaconicError, PipelineError, UsageError, VerificationError
 from laconic.ir.parse import parse_program
 from laconic.ir.program import Program
@@ -57,7 +58,7 @@ class Wrong(Pass):
     summary = "break the contract"
     contract = Contract.EXACT
 
-    def plan(self, program: Program, statistics: Any = None, score: Any = None) -> Plan:
+    def plan(self, program: Program, calibration: Calibration | None = None) -> Plan:
         return Plan(self.spec, ({"rule": "wrong"},))
 
     def rewrite(self, program: Program, plan: Plan) -> None:
@@ -72,7 +73,7 @@ class Slow(Pass):
     summary = "take time"
     contract = Contract.EXACT
 
-    def plan(self, program: Program, statistics: Any = None, score: Any = None) -> Plan:
+    def plan(self, program: Program, calibration: Calibration | None = None) -> Plan:
         time.sleep(0.05)
         return Plan(self.spec, reason="nothing but sleep")
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 import torch
 
 import laconic
 from helpers import bits, optimize, parse
+from laconic.ir.calibration import Calibration
 from laconic.ir.capture import capture_module
 from laconic.ir.errors import UsageError, VerificationError
 from laconic.ir.inputs import draw
@@ -215,7 +216,7 @@ class _Capped(Pass):
     contract: ClassVar[Contract] = Contract.TOLERANCE
     entry: str = "forward"
 
-    def plan(self, program: Program, statistics: Any = None, score: Any = None) -> Plan:
+    def plan(self, program: Program, calibration: Calibration | None = None) -> Plan:
         return Plan(self.spec, ({"rule": "cap", "entry": self.entry},))
 
     def rewrite(self, program: Program, plan: Plan) -> None:

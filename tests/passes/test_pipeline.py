@@ -100,7 +100,7 @@ def test_damaged_text_gives_passes_or_a_pipeline_error_within_the_text(text: str
     [
         ("dedupe", "did you mean 'dedup' or 'dead-units'?"),
         ("simplfy", "did you mean 'simplify'?"),
-        ("exat", "did you mean 'exact'?"),
+        ("exat", "did you mean 'exact'"),
         ("dedup{slice=no}", "did you mean 'slices'"),
         ("cse{x=1}", "cse has no options"),
     ],

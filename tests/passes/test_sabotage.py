@@ -12,6 +12,7 @@ from torch.export import Dim
 
 import saboteurs as bad
 from helpers import apart, own_values
+from laconic.ir.calibration import Calibration
 from laconic.ir.capture import capture_module
 from laconic.ir.errors import VerificationError
 from laconic.ir.parse import parse_program
@@ -56,7 +57,7 @@ class Sabotage(Pass):
     def spec(self) -> str:
         return "sabotage"
 
-    def plan(self, program: Program, statistics: Any = None, score: Any = None) -> Plan:
+    def plan(self, program: Program, calibration: Calibration | None = None) -> Plan:
         return Plan(self.spec, ({"rule": "change"},))
 
     def rewrite(self, program: Program, plan: Plan) -> None:
@@ -172,7 +173,7 @@ def test_catches_a_pass_that_hides_its_change(captured: Program) -> None:
 def test_catches_a_pass_that_does_nothing_and_does_not_say_why(captured: Program) -> None:
     @dataclass(frozen=True)
     class Silent(Sabotage):
-        def plan(self, program: Program, statistics: Any = None, score: Any = None) -> Plan:
+        def plan(self, program: Program, calibration: Calibration | None = None) -> Plan:
             return Plan(self.spec)
 
     with pytest.raises(VerificationError, match="does not say why"):

@@ -41,6 +41,7 @@ def run(program: Program) -> tuple[float, Run]:
     return time.process_time() - start, found
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_collections")
 def test_2000_nodes_take_seconds_and_time_is_linear(deep: ModuleType) -> None:
     small, large = deep.graph(8, False), deep.graph(32, False)

@@ -19,6 +19,7 @@ import laconic.passes.simplify as simplify
 from helpers import apart, bits, own_values, parse, tensors_in
 from laconic.ir import rewrite
 from laconic.ir.alias import Aliasing
+from laconic.ir.calibration import Calibration
 from laconic.ir.capture import capture_module
 from laconic.ir.errors import UnsupportedError, VerificationError
 from laconic.ir.inputs import draw
@@ -217,7 +218,7 @@ def dedup_ignores_who_is_trained(patch: pytest.MonkeyPatch) -> None:
 def dedup_is_off_by_one(patch: pytest.MonkeyPatch) -> None:
     original = dedup.Dedup.plan
 
-    def plan(self: Any, program: Program, statistics: Any = None, score: Any = None) -> Plan:
+    def plan(self: Any, program: Program, calibration: Calibration | None = None) -> Plan:
         made = original(self, program)
         moved = tuple({**a, "rows": [r + 1 for r in a["rows"]]} if "rows" in a else a for a in made.actions)
         return Plan(made.spec, moved, made.tensors, made.reason)

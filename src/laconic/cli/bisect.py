@@ -19,9 +19,11 @@ from laconic.cli.options import (
     Threads,
     Tokenizer,
     Verbose,
+    calibration_of,
     display,
     judge_of,
     print_json,
+    refuse_unmet,
     refuse_without_data,
 )
 from laconic.ir.errors import UsageError
@@ -61,7 +63,8 @@ def bisect(
     if (data is None) == (check is None):
         raise UsageError("what is bad is told by --data, or by --check CMD", hint="give one of the two")
     if check is not None:
-        refuse_without_data(metric=metric, max_drop=max_drop, calibration=calibration)
+        refuse_without_data(metric=metric, max_drop=max_drop)
+    refuse_unmet(passes, calibration, data)
     if max_drop is not None and math.isnan(max_drop):
         raise UsageError("--max-drop is not a number", hint="name by how much the metric may get worse")
     with display(quiet, verbose, no_progress, threads) as shown:
@@ -70,14 +73,16 @@ def bisect(
         from laconic.sources import opened
 
         program, folder = opened(model, shown.stage)
-        inputs = cases(program, program.forward, seed=seed)
+        inputs, reader = cases(program, program.forward, seed=seed), tokenizer or folder
+        decided = calibration_of(program, calibration, reader, batch, seed, shown)
         if check is not None:
             test = by_command(check, seed)
         else:
             assert data is not None
-            judge = judge_of(program, data, [metric or "kl"], calibration, tokenizer or folder, batch, shown)
+            judge = judge_of(program, data, [metric or "kl"], decided, reader, batch, shown)
             test = by_metric(judge, program, max_drop or 0.0)
-        found = Bisection(program, passes, test, inputs=inputs, progress=shown.stage).search()
+        search = Bisection(program, passes, test, inputs=inputs, calibration=decided, progress=shown.stage)
+        found = search.search()
     document = {"schema": 1, "model": model, "pipeline": pipeline, **found.to_json()}
     if json:
         return print_json(document)

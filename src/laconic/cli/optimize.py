@@ -24,10 +24,12 @@ from laconic.cli.options import (
     Towers,
     Verbose,
     cache_of,
+    calibration_of,
     display,
     judge_of,
     print_json,
     refuse_early,
+    refuse_unmet,
     refuse_without_data,
 )
 from laconic.formats import FORMATS
@@ -57,6 +59,10 @@ def optimize(
         typer.Option("--max-drop", metavar="X", help="Write nothing if the first metric gets worse by more than this."),
     ] = None,
     calibration: Calibration = None,
+    heal: Annotated[
+        int | None,
+        typer.Option("--heal", min=1, metavar="STEPS", help="Fine-tune what was changed, on the calibration data."),
+    ] = None,
     cache: Cache = None,
     towers: Towers = False,
     tokenizer: Tokenizer = None,
@@ -87,8 +93,10 @@ def optimize(
         raise UsageError("there is nowhere to write to", hint="give -o DIR, or --dry-run to see what would be done")
     target = None if dry_run else output
     if data is None:
-        refuse_without_data(metric=metric, max_drop=max_drop, calibration=calibration)
+        refuse_without_data(metric=metric, max_drop=max_drop)
     passes = parse_pipeline(pipeline)  # before the slow part, so that a slip costs nothing
+    passes += parse_pipeline(f"heal{{steps={heal}}}") if heal else []
+    refuse_unmet(passes, calibration, data)
     held = cache_of(cache)
     _refuse_slips(target, dump_dir, formats or [], force)
     flags = debug.Debug(
@@ -113,10 +121,12 @@ def optimize(
             refuse_foreign(target)
         program, folder = opened(model, shown.stage, cache=held, towers=towers)
         inputs = cases(program, program.forward, seed=seed)
-        judge = None
+        judge, reader = None, tokenizer or folder
+        decided = calibration_of(program, calibration, reader, batch, seed, shown)
         if data is not None:
-            judge = judge_of(program, data, metric or ["kl"], calibration, tokenizer or folder, batch, shown)
-        manager = PassManager(passes, verify_each, check, (*instruments, shown.instrument()), judge=judge or no_metrics)
+            judge = judge_of(program, data, metric or ["kl"], decided, reader, batch, shown)
+        observers = (*instruments, shown.instrument())
+        manager = PassManager(passes, verify_each, check, observers, judge=judge or no_metrics, calibration=decided)
         run = manager.run(program, inputs)
         run.ledger.model = model
         if judge is not None and max_drop is not None:

@@ -14,9 +14,13 @@ from laconic.ir.errors import UsageError
 from laconic.schema import finite
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from laconic.cli.progress import Display
     from laconic.figures import Judge
+    from laconic.ir.calibration import Calibration as CalibrationData
     from laconic.ir.program import Program
+    from laconic.passes.base import Pass
 
 MODEL_HELP = "zoo:NAME, a Hugging Face folder, a .pt2, an .onnx, a saved DIR, a dump, or package.module:callable."
 
@@ -87,11 +91,38 @@ def refuse_without_data(**given: object) -> None:
             raise UsageError(f"--{name.replace('_', '-')} says nothing without data to measure on", hint="add --data D")
 
 
+def refuse_unmet(passes: Sequence[Pass], calibration: str | None, data: str | None) -> None:
+    """Before the slow part: raise UsageError if a pass has nothing to decide on, or nothing decides."""
+    hungry = [item for item in passes if item.needs != "nothing"]
+    if hungry and calibration is None:
+        raise UsageError(
+            f"the pass {hungry[0].spec!r} needs {hungry[0].needs}, and there is no data to decide on",
+            hint="add --calibration D",
+        )
+    if calibration is not None and not hungry and data is None:
+        refuse_without_data(calibration=calibration)
+
+
+def calibration_of(
+    program: Program, said: str | None, folder: Path | None, batch: int, seed: int, shown: Display
+) -> CalibrationData | None:
+    """What decisions are made on, by its name; `folder` holds the model's tokenizer. Raises UsageError for what is no
+    data."""
+    if said is None:
+        return None
+    from laconic.cache import cache_folder
+    from laconic.data.load import load_data
+    from laconic.ir.calibration import Calibration
+
+    data = load_data(said, program, folder=folder, split="calibration", batch=batch)
+    return Calibration(data, seed, cache_folder() / "calibration", shown.counted)
+
+
 def judge_of(
     program: Program,
     data: str,
     metric: list[str],
-    calibration: str | None,
+    calibration: CalibrationData | None,
     folder: Path | None,
     batch: int,
     shown: Display,
@@ -104,7 +135,7 @@ def judge_of(
 
     metrics = [load(name) for name in dict.fromkeys(metric)]
     judged = load_data(data, program, folder=folder, split="selection", batch=batch)
-    decided = load_data(calibration, program, folder=folder, split="calibration", batch=batch) if calibration else None
+    decided = None if calibration is None else calibration.data
     return Judge(program, judged, metrics, calibration=decided, progress=shown.counted(f"measuring on {judged.name}"))
 
 

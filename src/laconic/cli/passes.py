@@ -12,6 +12,7 @@ def passes(json: Json = False, quiet: Quiet = False, verbose: Verbose = 0, no_pr
     """List the passes: contract, what they need, options."""
     configure(quiet, verbose)
     from laconic.cli.report import passes_table, print_table
+    from laconic.passes.methods import methods_of
     from laconic.passes.pipeline import options_of
     from laconic.passes.registry import PRESETS, load_all
 
@@ -22,8 +23,8 @@ def passes(json: Json = False, quiet: Quiet = False, verbose: Verbose = 0, no_pr
                 "name": kind.name,
                 "summary": kind.summary,
                 "contract": kind().contract,
-                "needs": kind.needs,
-                "methods": list(kind.methods),
+                "needs": kind().needs,
+                "methods": methods_of(kind.name),
                 "reads_values": kind().reads_values,
                 "options": {k: {"type": t, "default": d} for k, (t, d) in options_of(kind).items()},
                 "source": kind.source,

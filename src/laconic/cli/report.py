@@ -44,7 +44,7 @@ def passes_table(kinds: Sequence[type[Pass]]) -> Table:
     table = _table("", ["pass", "contract", "needs", "reads values", "what it does", "options"])
     for kind in kinds:
         options = ", ".join(f"{k}={_yes(d)}" for k, (_, d) in options_of(kind).items())
-        table.add_row(kind.name, kind().contract, kind.needs, _yes(kind().reads_values), kind.summary, options)
+        table.add_row(kind.name, kind().contract, kind().needs, _yes(kind().reads_values), kind.summary, options)
     return table
 
 

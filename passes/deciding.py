@@ -1,0 +1,91 @@
+"""What passes that decide over units of a model share: a space of states, each judged by how far predictions move."""
+
+from __future__ import annotations
+
+import math
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from laconic.ir.calibration import Calibration
+from laconic.ir.depth import Depth
+from laconic.ir.errors import UsageError
+from laconic.ir.program import Program
+from laconic.ir.score import Scorer
+from laconic.passes.allocate import Evolution, Progress, Space, Stage, State, evolve, exhaustive, greedy
+
+#: Tokens that candidates are sieved on, and that the survivors are judged on.
+_SIEVE, _FINAL = 2048, 32768
+#: States beyond which nobody wants to wait for all of them.
+_MOST = 20_000
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """A decision over units of a program's depth: what a method is given. `generations` is how long to search, 0 for
+    k (n - k) / 1.5 where k of n units are chosen."""
+
+    program: Program
+    depth: Depth
+    calibration: Calibration | None
+    generations: int
+
+    @property
+    @abstractmethod
+    def space(self) -> Space:
+        """The states that keep to the budget."""
+
+    @property
+    @abstractmethod
+    def scorer(self) -> Scorer:
+        """The divergence from the program as it is, by gates."""
+
+    @abstractmethod
+    def fitness(self, state: State, batches: Sequence[int]) -> float:
+        """What a state loses on these batches."""
+
+    @property
+    def data(self) -> Calibration:
+        """What is decided on; a method that asks for it belongs to a pass that says that it needs it."""
+        assert self.calibration is not None
+        return self.calibration
+
+    def progress(self, what: str) -> Progress:
+        return self.data.progress(what)
+
+    def batches(self, tokens: int) -> int:
+        """How many batches hold about so many tokens."""
+        each = self.scorer.tokens
+        return min(len(each), max(1, math.ceil(tokens * len(each) / sum(each))))
+
+    def least(self, scores: Sequence[float]) -> State:
+        """The state that chooses the units of each class with the least scores; of equals the first."""
+        levels = [0] * self.space.count
+        for one in self.space.classes:
+            for unit in sorted(one.units, key=lambda u: (scores[u], u))[: one.budget]:
+                levels[unit] = 1
+        return tuple(levels)
+
+    def searched(self, what: str, start: Sequence[State] = ()) -> State:
+        """The state that evolution finds. Sieberling et al. 2024, "EvoPress", arXiv:2410.14649."""
+        free = [(one.budget, len(one.units)) for one in self.space.classes]
+        generations = self.generations or max(1, round(sum(k * (n - k) for k, n in free) / 1.5))
+        stages = (Stage(2, self.batches(_SIEVE)), Stage(1, self.batches(_FINAL)))
+        settings, count = Evolution(generations, stages=stages), len(self.scorer.tokens)
+        told = self.progress(what)
+        return evolve(self.space, self.fitness, count, settings, seed=self.data.seed, start=start, progress=told).state
+
+    def best(self, what: str) -> State:
+        """The best of all states. Raises UsageError if there are too many."""
+        if self.space.size() > _MOST:
+            raise UsageError(f"there are {self.space.size()} states to try", hint="method=search")
+        return exhaustive(self.space, self.fitness, self.batches(_FINAL), progress=self.progress(what)).state
+
+    def descended(self) -> State:
+        """Unit by unit, each time the one that hurts least."""
+        return greedy(self.space, self.fitness, self.batches(_FINAL)).state
+
+    def drawn(self) -> State:
+        """A state at random, by the seed."""
+        return self.space.draw(random.Random(self.data.seed))

@@ -1,0 +1,125 @@
+"""What is to be decided when blocks share weights: which could read each other's, and how a sharing is judged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from laconic.ir.depth import Block, Depth
+from laconic.ir.errors import UsageError
+from laconic.ir.program import Kind, Program
+from laconic.ir.score import Candidate, Gate, Scorer
+from laconic.passes.allocate import Class, Space, State
+from laconic.passes.deciding import Task
+
+ENTRY = "forward"
+
+#: For each block the one whose weights it reads: itself, or its donor.
+Sharing = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Peers:
+    """Blocks of one run, in order, that read nothing of their own but weights and states; so many of them keep their
+    weights."""
+
+    run: int
+    blocks: tuple[int, ...]
+    donors: int
+
+
+@dataclass(frozen=True)
+class ShareTask(Task):
+    """Blocks, and how many of which keep weights of their own."""
+
+    peers: tuple[Peers, ...]
+
+    @property
+    def blocks(self) -> Sequence[Block]:
+        return self.depth.blocks
+
+    @property
+    def space(self) -> Space:
+        classes = tuple(Class(p.blocks, len(p.blocks) - p.donors) for p in self.peers)
+        return Space(len(self.blocks), classes)
+
+    def shared(self, block: int, donor: int) -> dict[str, str]:
+        """The rows that a block gives up for another's: its matrices. Vectors stay its own."""
+        pairs = self.depth.pairs(self.blocks[block], self.blocks[donor])
+        own = self.blocks[block].rows
+        return {row: other for row, other in pairs.items() if row in own and is_matrix(self.program, row)}
+
+    def nearest(self, state: State) -> Sharing:
+        """Each block with the nearest of its peers that keeps its weights; of two the one behind."""
+        found = list(range(len(state)))
+        for peers in self.peers:
+            donors = [k for k in peers.blocks if not state[k]]
+            for k in peers.blocks:
+                found[k] = min(donors, key=lambda d: (abs(d - k), -d))
+        return tuple(found)
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        nodes = self.program.entries[ENTRY].weight_nodes()
+        rows = {
+            row for p in self.peers for k in p.blocks for row in self.blocks[k].rows if is_matrix(self.program, row)
+        }
+        return self.data.scorer(self.program, [Gate(row, nodes[row].name) for row in sorted(rows) if row in nodes])
+
+    def candidate(self, sharing: Sharing, merged: Mapping[str, torch.Tensor] | None = None) -> Candidate:
+        """What the gates do under a sharing, where donors hold what was `merged`."""
+        held = {row: value.detach() for row, value in (merged or {}).items()}
+        found = {row: _holding(value) for row, value in held.items()}
+        for block, donor in enumerate(sharing):
+            for row, other in self.shared(block, donor).items() if block != donor else ():
+                found[row] = _holding(held.get(other, self.program.weights[other].value.detach()))
+        return found
+
+    def fitness(self, state: State, batches: Sequence[int]) -> float:
+        return self.scorer(self.candidate(self.nearest(state)), batches)
+
+
+def _holding(value: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The setting of a gate on a weight by which its readers are given another one."""
+    return lambda given: value
+
+
+def is_matrix(program: Program, row: str) -> bool:
+    """Whether a row is what blocks share: a floating-point parameter of two axes or more."""
+    weight = program.weights[row]
+    return weight.kind is Kind.PARAMETER and weight.value.is_floating_point() and weight.value.dim() >= 2
+
+
+def peers_of(depth: Depth, keep: float) -> tuple[Peers, ...]:
+    """The blocks that may share, with how many keep their weights: `keep` of each, rounded.
+
+    Raises UsageError if there are none, or none of a run could do with another's weights, or none would stay.
+    """
+    if not depth.blocks:
+        raise UsageError("this model has no blocks that recur", hint="see `laconic audit`")
+    groups: dict[int, list[list[int]]] = {}
+    why = ""
+    for k, block in enumerate(depth.blocks):
+        known = groups.setdefault(block.run, [])
+        for group in known:
+            said = depth.apart(block, depth.blocks[group[0]])
+            if said is None:
+                group.append(k)
+                break
+            why = f"block {block.number} and block {depth.blocks[group[0]].number} of run {block.run}: {said}"
+        else:
+            known.append([k])
+    found = [(run, group) for run, known in groups.items() for group in known if len(group) > 1]
+    if not found:
+        raise UsageError("no block could do with the weights of another one", why=why)
+    peers = []
+    for run, group in found:
+        donors = len(group) - math.floor((1 - keep) * len(group) + 0.5)
+        if not donors:
+            raise UsageError(f"of {len(group)} blocks of run {run} none would keep its weights", hint="keep more")
+        peers.append(Peers(run, tuple(group), donors))
+    return tuple(peers)
