@@ -43,41 +43,16 @@ def passed_by(value: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     return before
 
 
-class Scorer:
-    """A metric of a program's `forward` on data, as a function of what its gates do.
+class Gated:
+    """A program's `forward` with gates: what it returns is a function of what they do. Gates at one place act one
+    behind the other. `taps` see values as they are then.
 
-    The data, and for a metric that compares the results of the program with all gates open, are kept in memory. Gates
-    at one place act one behind the other.
-
-    Raises UsageError for two gates of one name, a place that is none, and a metric that runs the model itself.
+    Raises UsageError for two gates of one name, and for a place that is none.
     """
 
-    def __init__(self, program: Program, gates: Sequence[Gate], data: Data, metric: Metric) -> None:
-        self._metric = metric
+    def __init__(self, program: Program, gates: Sequence[Gate], taps: Sequence[Tap] = ()) -> None:
         self._settings: Candidate = {}
         self._gates = [gate.name for gate in gates]
-        self._refuse(program, gates)
-        places: dict[str, list[Gate]] = {}
-        for gate in gates:
-            places.setdefault(gate.node, []).append(gate)
-        self._run = Interpreter(program, [_tap(self, node, own) for node, own in places.items()])
-        batches = [data.batch(k) for k in range(len(data))]
-        self._batches = [(b, flat_inputs(program, b, data.place(k))) for k, b in enumerate(batches)]
-        self._open: dict[int, Results] = {}
-        self._room = _KEPT
-
-    @property
-    def tokens(self) -> list[int]:
-        """How many positions count in each batch."""
-        return [batch.tokens for batch, _ in self._batches]
-
-    def setting(self, name: str) -> Setting | None:
-        """What the gate does in the candidate that is judged; None if it is open."""
-        return self._settings.get(name)
-
-    def _refuse(self, program: Program, gates: Sequence[Gate]) -> None:
-        if self._metric.runs:
-            raise UsageError(f"{self._metric.name} runs the model itself", hint="score by a metric of its results")
         twice = {name for name in self._gates if self._gates.count(name) > 1}
         if twice:
             raise UsageError(f"two gates are named {min(twice)!r}")
@@ -88,18 +63,68 @@ class Scorer:
                     raise UsageError(
                         f"there is no node {node!r} for the gate {gate.name!r}", hint=did_you_mean(node, nodes)
                     )
+        places: dict[str, list[Gate]] = {}
+        for gate in gates:
+            places.setdefault(gate.node, []).append(gate)
+        self._run = Interpreter(program, [*(self._tap(node, own) for node, own in places.items()), *taps])
+
+    def __call__(self, candidate: Candidate, inputs: list[torch.Tensor]) -> Results:
+        """The results with these gates set, all others open. Raises UsageError for an unknown gate."""
+        for name in candidate:
+            if name not in self._gates:
+                raise UsageError(f"there is no gate {name!r}", hint=did_you_mean(name, self._gates))
+        self._settings = candidate
+        try:
+            return named_results(self._run.entry, self._run(inputs).results)
+        finally:
+            self._settings = {}
+
+    def _tap(self, node: str, gates: Sequence[Gate]) -> Tap:
+        """The gates at one node, as one tap."""
+        beside = list(dict.fromkeys(gate.beside for gate in gates if gate.beside))
+
+        def see(value: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+            for gate in gates:
+                setting = self._settings.get(gate.name)
+                if callable(setting):
+                    value = setting(value, others[beside.index(gate.beside)]) if gate.beside else setting(value)
+                elif setting is not None:
+                    value = value * setting
+            return value
+
+        return Tap((node, *beside), see, replaces=True)
+
+
+class Scorer:
+    """A metric of a program's `forward` on data, as a function of what its gates do.
+
+    The data, and for a metric that compares the results of the program with all gates open, are kept in memory.
+
+    Raises UsageError for a metric that runs the model itself, and what `Gated` raises.
+    """
+
+    def __init__(self, program: Program, gates: Sequence[Gate], data: Data, metric: Metric) -> None:
+        if metric.runs:
+            raise UsageError(f"{metric.name} runs the model itself", hint="score by a metric of its results")
+        self._metric, self._run = metric, Gated(program, gates)
+        batches = [data.batch(k) for k in range(len(data))]
+        self._batches = [(b, flat_inputs(program, b, data.place(k))) for k, b in enumerate(batches)]
+        self._open: dict[int, Results] = {}
+        self._room = _KEPT
+
+    @property
+    def tokens(self) -> list[int]:
+        """How many positions count in each batch."""
+        return [batch.tokens for batch, _ in self._batches]
 
     def __call__(self, candidate: Candidate, batches: Sequence[int] | None = None) -> float:
         """The metric with these gates set, all others open, on all batches or those that are named. Raises UsageError
         for an unknown gate."""
-        for name in candidate:
-            if name not in self._gates:
-                raise UsageError(f"there is no gate {name!r}", hint=did_you_mean(name, self._gates))
         total = weight = 0.0
         for k in range(len(self._batches)) if batches is None else batches:
             batch, inputs = self._batches[k]
             reference = self._reference(k) if self._metric.reference else None
-            part = self._metric.parts(self._results(candidate, inputs), batch, reference)
+            part = self._metric.parts(self._run(candidate, inputs), batch, reference)
             total, weight = total + float(part.sums.sum()), weight + float(part.weights.sum())
         return self._metric.value(total / weight)
 
@@ -107,31 +132,8 @@ class Scorer:
         """The results of batch k with all gates open."""
         found = self._open.get(k)
         if found is None:
-            found = self._results({}, self._batches[k][1])
+            found = self._run({}, self._batches[k][1])
             size = sum(value.nbytes for value in found.values())
             if size <= self._room:
                 self._open[k], self._room = found, self._room - size
         return found
-
-    def _results(self, candidate: Candidate, inputs: list[torch.Tensor]) -> Results:
-        self._settings = candidate
-        try:
-            return named_results(self._run.entry, self._run(inputs).results)
-        finally:
-            self._settings = {}
-
-
-def _tap(scorer: Scorer, node: str, gates: Sequence[Gate]) -> Tap:
-    """The gates at one node, as one tap."""
-    beside = list(dict.fromkeys(gate.beside for gate in gates if gate.beside))
-
-    def see(value: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
-        for gate in gates:
-            setting = scorer.setting(gate.name)
-            if callable(setting):
-                value = setting(value, others[beside.index(gate.beside)]) if gate.beside else setting(value)
-            elif setting is not None:
-                value = value * setting
-        return value
-
-    return Tap((node, *beside), see, replaces=True)

@@ -14,6 +14,7 @@ PASSES = Registry(
     "pass",
     "laconic.passes",
     {
+        "collapse-layers": "laconic.passes.collapse_layers:CollapseLayers",
         "cse": "laconic.passes.cse:Cse",
         "dce": "laconic.passes.dce:Dce",
         "dead-units": "laconic.passes.dead_units:DeadUnits",
@@ -23,13 +24,20 @@ PASSES = Registry(
         "heal": "laconic.passes.heal:Heal",
         "permute-units": "laconic.passes.permute_units:PermuteUnits",
         "share-layers": "laconic.passes.share_layers:ShareLayers",
+        "share-rows": "laconic.passes.share_rows:ShareRows",
         "simplify": "laconic.passes.simplify:Simplify",
     },
 )
 
 #: Pipelines with a name. `exact` is the default everywhere and holds only exact passes. `simplify` stands before
 #: `dedup`, which finds equal ones among the constants it folds, and so a second run finds nothing.
-PRESETS: dict[str, str] = {"exact": "simplify,dedup,cse,dce", "none": ""}
+PRESETS: dict[str, str] = {
+    "exact": "simplify,dedup,cse,dce",
+    "fold": "drop-layers{method=gates},share-layers{method=crash},heal",
+    "laco": "collapse-layers",
+    "none": "",
+    "shortgpt": "drop-layers{method=influence}",
+}
 #: Those whose passes, as they are configured, must all have the contract `exact`.
 EXACT_PRESETS = frozenset({"exact"})
 

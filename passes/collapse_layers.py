@@ -1,0 +1,239 @@
+"""collapse-layers: several blocks become one, which holds what they add up to; LaCo.
+
+    rdsc       W* = W_l + sum over k of (W_(l+k) - W_l)          blocks l+1 .. l+m go, the norms of l stay
+    replace    W* = W_(l+m)
+
+From the top down, `size` blocks at a time are tried; what leaves the last block's output, on a few samples, nearer than
+`threshold` to the original's by its cosine is kept, and the next try begins `interval` blocks further down. If the
+blocks do not suffice at this threshold, it is lowered by a tenth and all begins anew.
+
+Yang et al. 2024, "LaCo: Large Language Model Pruning via Layer Collapse", arXiv:2402.11187. Its published code
+subtracts the layer that is being changed, by which the sum becomes the last block's weights: that is `replace`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from laconic.ir.calibration import Calibration
+from laconic.ir.data import flat_inputs, running
+from laconic.ir.depth import Block, Depth
+from laconic.ir.errors import UsageError
+from laconic.ir.program import Program
+from laconic.ir.score import Candidate, Gate, Gated, passed_by
+from laconic.passes.base import Contract, Needs, Pass, Plan
+from laconic.passes.share_layers.task import is_matrix
+
+_ENTRY = "forward"
+_SAMPLES = 5
+_LOWER = 0.1
+
+
+@dataclass(frozen=True)
+class CollapseLayers(Pass):
+    """`keep`: the share of blocks that stay. `size`: so many become one at a time; 0 for a sixth of them, two at least.
+    Raises ValueError for numbers that are none."""
+
+    keep: float = 0.75
+    mode: Literal["rdsc", "replace"] = "rdsc"
+    size: int = 0
+    interval: int = 1
+    threshold: float = 0.45
+
+    name: ClassVar[str] = "collapse-layers"
+    summary: ClassVar[str] = "let one block hold what several add up to"
+    contract: ClassVar[Contract] = Contract.LOSSY
+    source: ClassVar[str] = "arXiv:2402.11187"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"option 'keep' is a share above 0 and up to 1, not {self.keep}")
+        if self.size < 0 or self.size == 1:
+            raise ValueError(f"option 'size' is 2 or more, or 0, not {self.size}")
+        if self.interval < 1:
+            raise ValueError(f"option 'interval' is at least 1, not {self.interval}")
+        if not -1 <= self.threshold <= 1:
+            raise ValueError(f"option 'threshold' is a cosine, not {self.threshold}")
+
+    @property
+    def reads_values(self) -> bool:
+        return True
+
+    @property
+    def needs(self) -> Needs:
+        return Needs.NOTHING if self.keep == 1 else Needs.ACTIVATIONS
+
+    def plan(self, program: Program, calibration: Calibration | None = None) -> Plan:
+        if self.keep == 1:
+            return Plan(self.spec, reason="all blocks are kept")
+        assert calibration is not None
+        depth = Depth(program)
+        if not depth.blocks:
+            raise UsageError("this model has no blocks that recur", hint="see `laconic audit`")
+        actions, tensors = list[dict[str, Any]](), dict[str, torch.Tensor]()
+        for run in dict.fromkeys(block.run for block in depth.blocks):
+            blocks = [block for block in depth.blocks if block.run == run]
+            budget = math.floor((1 - self.keep) * len(blocks) + 0.5)
+            if budget == len(blocks):
+                raise UsageError(f"{budget} of {budget} blocks of run {run} cannot go", hint="keep more")
+            if budget:
+                found = _Collapse(program, depth, blocks, calibration, self, budget).found()
+                actions += found.actions
+                tensors |= found.tensors
+        return Plan(self.spec, tuple(actions), tensors, f"{1 - self.keep:.0%} of the blocks is less than half a block")
+
+    def rewrite(self, program: Program, plan: Plan) -> None:
+        depth = Depth(program.clone())
+        blocks = {(block.run, block.number): block for block in depth.blocks}
+        gone = []
+        for action in plan.actions:
+            if action["rule"] == "collapse into":
+                for row in action["rows"]:
+                    program.weights[row] = replace(program.weights[row], value=plan.tensors[row])
+            elif tuple(action["place"]) in blocks:
+                gone.append(blocks[tuple(action["place"])])
+            else:
+                raise UsageError(f"there is no {action['layer']}", why="the plan was made for another program")
+        depth.skip_blocks(gone, into=program)
+
+    def said(self, plan: Plan) -> str:
+        gone = [action["layer"] for action in plan.actions if action["rule"] == "drop block"]
+        return f"{', '.join(gone)} collapsed into {len(plan.actions) - len(gone)} others"
+
+
+@dataclass
+class _Model:
+    """What a run has become: the blocks that are left, in order, and what their rows hold now."""
+
+    left: list[Block]
+    held: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Found:
+    actions: list[dict[str, Any]]
+    tensors: dict[str, torch.Tensor]
+
+
+class _Collapse:
+    """The search in one run."""
+
+    def __init__(
+        self,
+        program: Program,
+        depth: Depth,
+        blocks: Sequence[Block],
+        calibration: Calibration,
+        item: CollapseLayers,
+        budget: int,
+    ) -> None:
+        self._program, self._depth, self._blocks, self._item, self._budget = program, depth, blocks, item, budget
+        self._size = item.size or max(2, len(blocks) // 6)
+        ends = [depth.branches(b.units[0].stream, b.units[0].place)[_ENTRY].v.name for b in blocks]
+        outs = [depth.branches(b.units[-1].stream, b.units[-1].place)[_ENTRY].out.name for b in blocks]
+        nodes = program.entries[_ENTRY].weight_nodes()
+        self._rows = [self._matrices(block) for block in blocks]
+        gates = [Gate(f"block {b.number}", out, beside=v) for b, v, out in zip(blocks, ends, outs, strict=True)]
+        gates += [Gate(row, nodes[row].name) for rows in self._rows for row in rows]
+        gates.append(Gate("end", outs[-1]))  # acts behind the last block's own
+        self._seen: list[torch.Tensor] = []
+        self._run = Gated(program, gates)
+        batch, place = calibration.data.batch(0), calibration.data.place(0)
+        self._mask = None if batch.mask is None else batch.mask[:_SAMPLES]
+        self._inputs, self._place = flat_inputs(program, batch, place), place
+        self._whole = self._last({})
+
+    def _matrices(self, block: Block) -> list[str]:
+        """The block's own rows of two axes or more."""
+        return sorted(row for row in block.rows if is_matrix(self._program, row))
+
+    def found(self) -> _Found:
+        threshold = self._item.threshold
+        while True:
+            model = self._attempt(threshold)
+            if len(self._blocks) - len(model.left) == self._budget:
+                return self._plan(model)
+            threshold -= _LOWER
+            if threshold < -1 - _LOWER:
+                raise UsageError(f"{self._budget} blocks cannot be collapsed", hint="a smaller size, or keep more")
+
+    def _attempt(self, threshold: float) -> _Model:
+        model = _Model(list(self._blocks))
+        at = len(model.left) - min(self._size, len(model.left))
+        while at >= 0:
+            left = self._budget - (len(self._blocks) - len(model.left))
+            count = min(self._size - 1, left, len(model.left) - 1 - at)
+            tried = self._merged(model, at, count) if count > 0 else model
+            if count > 0 and self._likeness(tried) > threshold:
+                model = tried
+                at = min(at - self._item.interval, len(model.left) - 2)
+            else:
+                at -= 1
+        return model
+
+    def _merged(self, model: _Model, at: int, count: int) -> _Model:
+        """The model in which block `at` of those left holds the next `count` too."""
+        block, others = model.left[at], model.left[at + 1 : at + 1 + count]
+        held = dict(model.held)
+
+        def value(row: str) -> torch.Tensor:
+            return model.held.get(row, self._program.weights[row].value.detach()).double()
+
+        pairs = [self._depth.pairs(block, other) for other in others]
+        for row in self._matrices(block):
+            own = value(row)
+            if self._item.mode == "replace":
+                total = value(pairs[-1].get(row, row))
+            else:
+                total = own + sum(value(pair.get(row, row)) - own for pair in pairs)
+            held[row] = total.to(self._program.weights[row].value.dtype)
+        return _Model(model.left[: at + 1] + model.left[at + 1 + count :], held)
+
+    def _likeness(self, model: _Model) -> float:
+        """The cosine of what comes out of the last block, all of a sample's positions as one vector, to the original's,
+        averaged over the samples."""
+        now = self._last(self._candidate(model))
+        each = torch.nn.functional.cosine_similarity(now, self._whole, dim=1)
+        return float(each.mean()) if bool(torch.isfinite(now).all()) else -math.inf
+
+    def _candidate(self, model: _Model) -> Candidate:
+        gone = [block for block in self._blocks if block not in model.left]
+        found: dict[str, Any] = {f"block {block.number}": passed_by for block in gone}
+        return found | {row: _holding(value) for row, value in model.held.items()}
+
+    def _last(self, candidate: Candidate) -> torch.Tensor:
+        """What comes out of the run, (samples, numbers) float64, padding as zeros."""
+        self._seen.clear()
+        with running(self._place):
+            self._run({**candidate, "end": self._see}, self._inputs)
+        value = self._seen[0][:_SAMPLES].double()
+        if self._mask is not None and value.shape[:2] == self._mask.shape:
+            value = value.masked_fill(~self._mask[..., None], 0.0)
+        return value.flatten(1)
+
+    def _see(self, value: torch.Tensor) -> torch.Tensor:
+        self._seen.append(value)
+        return value
+
+    def _plan(self, model: _Model) -> _Found:
+        kept = {row for block in model.left for row in block.rows}
+        tensors = {row: value for row, value in model.held.items() if row in kept}
+        actions = []
+        for block in self._blocks:
+            node = self._depth.branches(block.units[0].stream, block.units[0].place)[_ENTRY].add
+            where = {"layer": f"block {block.number}", "entry": _ENTRY, "node": node.name, "site": node.meta["site"]}
+            rows = sorted(block.rows.intersection(tensors))
+            if block not in model.left:
+                actions.append(where | {"rule": "drop block", "place": [block.run, block.number]})
+            elif rows:
+                actions.append(where | {"rule": "collapse into", "rows": rows})
+        return _Found(actions, tensors)
+
+
+def _holding(value: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda given: value
