@@ -192,8 +192,8 @@ def test_each_way_past_a_faulty_pass(captured: str, capfd: pytest.CaptureFixture
     ("arguments", "says"),
     [
         (["--print-after", "cs"], "'cse'"),
-        (["--print-after", "fold"], "there is no pass 'fold'"),
-        (["--print-after", "nope"], "known: cse, dce, dead-units, dedup, fold-weights, permute-units, simplify"),
+        (["--print-after", "fald"], "there is no pass 'fald'"),
+        (["--print-after", "nope"], "known: collapse-layers, cse, dce, dead-units, dedup, drop-layers"),
         (["--disable-pass", "simplfy"], "did you mean 'simplify'"),
         (["-p", "cse", "--disable-pass", "dce"], "the pipeline has no pass 'dce'"),
         (["-p", "cse", "--stop-after", "dedup{slices=no}"], "the pipeline has no pass 'dedup{slices=no}'"),
