@@ -23,6 +23,7 @@ PASSES = Registry(
         "fold-weights": "laconic.passes.fold_weights:FoldWeights",
         "heal": "laconic.passes.heal:Heal",
         "permute-units": "laconic.passes.permute_units:PermuteUnits",
+        "share-atoms": "laconic.passes.share_atoms:ShareAtoms",
         "share-hash": "laconic.passes.share_hash:ShareHash",
         "share-layers": "laconic.passes.share_layers:ShareLayers",
         "share-rows": "laconic.passes.share_rows:ShareRows",
