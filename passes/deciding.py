@@ -13,6 +13,7 @@ from laconic.ir.depth import Depth
 from laconic.ir.errors import UsageError
 from laconic.ir.program import Program
 from laconic.ir.score import Scorer
+from laconic.ir.statistics.rows import shape_of
 from laconic.passes.allocate import Evolution, Progress, Space, Stage, State, evolve, exhaustive, greedy
 
 #: Tokens that candidates are sieved on, and that the survivors are judged on.
@@ -55,9 +56,17 @@ class Task(ABC):
         return self.data.progress(what)
 
     def batches(self, tokens: int) -> int:
-        """How many batches hold about so many tokens."""
-        each = self.scorer.tokens
+        """How many batches hold about so many tokens; of images, of their patches."""
+        each = [count * self._positions() for count in self.scorer.tokens]
         return min(len(each), max(1, math.ceil(tokens * len(each) / sum(each))))
+
+    def _positions(self) -> int:
+        """How many places of a stream what is counted once in a batch takes: a sample without a mask takes all."""
+        if self.data.data.batch(0).mask is not None:
+            return 1
+        starts = (stream.start for stream in self.depth.structures["forward"].streams)
+        shapes = [shape_of(start.meta["val"]) for start in starts]
+        return max((shape[1] for shape in shapes if len(shape) == 3 and isinstance(shape[1], int)), default=1)
 
     def least(self, scores: Sequence[float]) -> State:
         """The state that chooses the units of each class with the least scores; of equals the first."""

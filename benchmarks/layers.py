@@ -1,0 +1,139 @@
+"""What dropping and sharing layers costs: every method on reference models, on the held-out test split, with intervals.
+
+    python benchmarks/layers.py benchmarks/results/layers.json [MODEL ...]
+
+Decisions are made on the calibration split alone. Of each result: nats and divergence from the original with 95 %
+intervals over documents (or digits), top-1, bytes of all weights and of those of blocks, and the seconds that deciding
+took. Methods at random are drawn with five seeds. A run that is stopped goes on with the rows that are missing; what
+other versions or another machine wrote is measured anew.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from laconic.data.load import load_data
+from laconic.ir.calibration import Calibration
+from laconic.ir.data import Data
+from laconic.ir.depth import Depth
+from laconic.ir.errors import LaconicError
+from laconic.ir.files import place_file, temporary_beside
+from laconic.ir.metrics.registry import load as load_metric
+from laconic.ir.program import Program
+from laconic.ir.quality import difference, figure, measure
+from laconic.ir.types import nbytes
+from laconic.machine import machine
+from laconic.passes.pipeline import parse_pipeline
+from laconic.sources import opened
+
+MODELS = ("vit", "llama-gqa", "llama-mha")
+KEEP = (0.75, 0.67, 0.5)
+SEEDS = range(5)
+#: Samples a batch: what a step of training, and of a search's sieve, sees.
+BATCH = {"vit": 32, "llama-gqa": 4, "llama-mha": 4}
+METRICS = ("nats", "kl", "top1")
+
+
+def pipelines(keep: float) -> Iterator[tuple[str, int]]:
+    """What is measured at a share of blocks, or of their weights: a pipeline and a seed."""
+    for method in ("influence", "span", "gates", "greedy", "search", "exhaustive"):
+        yield f"drop-layers{{keep={keep},method={method}}}", 0
+    yield f"drop-layers{{keep={keep},unit=branch}}", 0
+    for mode in ("rdsc", "replace"):
+        yield f"collapse-layers{{keep={keep},mode={mode}}}", 0
+    for method in ("fixed", "crash", "functional", "search", "exhaustive"):
+        yield f"share-layers{{keep={keep},method={method}}}", 0
+    for seed in SEEDS:
+        yield f"drop-layers{{keep={keep},method=random}}", seed
+        yield f"share-layers{{keep={keep},method=random}}", seed
+
+
+class Model:
+    """A reference model with its splits, and the original's own figures."""
+
+    def __init__(self, name: str) -> None:
+        self.name = f"zoo:{name}"
+        self.program, folder = opened(self.name)
+        batch = BATCH[name]
+        self.calibration = load_data(self.name, self.program, folder=folder, split="calibration", batch=batch)
+        self.test: Data = load_data(self.name, self.program, folder=folder, split="test", batch=32)
+        self.metrics = [load_metric(metric) for metric in METRICS]
+        plain = [metric for metric in self.metrics if not metric.reference]
+        (self.own,) = measure([self.program], self.test, plain)
+
+    def row(self, pipeline: str, seed: int) -> dict[str, Any]:
+        """A pipeline's result, measured."""
+        program, start = self.program, time.process_time()
+        decided = Calibration(self.calibration, seed, original=self.program)
+        said = []
+        try:
+            for item in parse_pipeline(pipeline):
+                plan = item.plan(program, decided)
+                result = item.apply(program, plan)
+                program = result.program
+                said.append(result.reason)
+        except LaconicError as problem:
+            return {"model": self.name, "pipeline": pipeline, "seed": seed, "refused": problem.what}
+        seconds = time.process_time() - start
+        (units,) = measure([program], self.test, self.metrics, reference=self.program)
+        figures = {metric.name: asdict(figure(metric, units[metric.name])) for metric in self.metrics}
+        for metric in self.metrics:
+            if metric.name in self.own:
+                against = difference(metric, units[metric.name], self.own[metric.name])
+                figures[f"{metric.name} more than the original's"] = asdict(against)
+        return {
+            "model": self.name,
+            "pipeline": pipeline,
+            "seed": seed,
+            "did": said,
+            "figures": figures,
+            "weight_bytes": program.weight_bytes(),
+            "block_bytes": block_bytes(program),
+            "cpu_seconds": round(seconds, 1),
+        }
+
+    def original(self) -> dict[str, Any]:
+        figures = {name: asdict(figure(load_metric(name), units)) for name, units in self.own.items()}
+        return {
+            "figures": figures,
+            "weight_bytes": self.program.weight_bytes(),
+            "block_bytes": block_bytes(self.program),
+        }
+
+
+def block_bytes(program: Program) -> int:
+    """Bytes of the rows that blocks read."""
+    depth = Depth(program)
+    rows = {row for block in depth.blocks for unit in block.units for row in depth.reads(unit)}
+    return sum(nbytes(program.weights[row].value) for row in rows)
+
+
+def main(path: Path, names: list[str]) -> None:
+    document: dict[str, Any] = {"machine": machine(), "originals": {}, "rows": []}
+    if path.exists():
+        known = json.loads(path.read_text())
+        if known["machine"] == document["machine"]:
+            document = known
+    for name in names or MODELS:
+        model = Model(name)
+        document["originals"][model.name] = model.original()
+        done = {(row["model"], row["pipeline"], row["seed"]) for row in document["rows"]}
+        for keep in KEEP:
+            for pipeline, seed in pipelines(keep):
+                if (model.name, pipeline, seed) not in done:
+                    row = model.row(pipeline, seed)
+                    document["rows"].append(row)
+                    print(model.name, pipeline, seed, row.get("refused") or row["figures"]["kl"], flush=True)
+                    with temporary_beside(path) as temporary:
+                        temporary.write_text(json.dumps(document, indent=1) + "\n")
+                        place_file(temporary, path, force=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
