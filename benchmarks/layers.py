@@ -36,7 +36,7 @@ MODELS = ("vit", "llama-gqa", "llama-mha")
 KEEP = (0.75, 0.67, 0.5)
 SEEDS = range(5)
 #: Samples a batch: what a step of training, and of a search's sieve, sees.
-BATCH = {"vit": 32, "llama-gqa": 4, "llama-mha": 4}
+BATCH = {"vit": 8, "llama-gqa": 4, "llama-mha": 4}
 METRICS = ("nats", "kl", "top1")
 
 

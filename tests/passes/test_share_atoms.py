@@ -109,6 +109,7 @@ def test_a_correction_of_full_rank_restores_the_model(program: Program) -> None:
     assert found[0] > found[1] > found[2]
 
 
+@pytest.mark.slow
 def test_for_one_token_products_are_mixed() -> None:
     module = made()
     _, inputs, axes = llama(1)

@@ -298,6 +298,7 @@ def test_one_seed_is_one_plan_and_plans_replay_to_the_bit(method: str, program: 
     assert all(bits([w.value]) == bits([second.weights[name].value]) for name, w in first.weights.items())
 
 
+@pytest.mark.slow
 def test_caches_stay_each_blocks_own_and_it_generates() -> None:
     module = made()
     _, inputs, axes = llama(1)
