@@ -3,9 +3,9 @@
     python benchmarks/layers.py benchmarks/results/layers.json [MODEL ...]
 
 Decisions are made on the calibration split alone. Of each result: nats and divergence from the original with 95 %
-intervals over documents (or digits), top-1, bytes of all weights and of those of blocks, and the seconds that deciding
-took. Methods at random are drawn with five seeds. A run that is stopped goes on with the rows that are missing; what
-other versions or another machine wrote is measured anew.
+intervals over documents (or digits), top-1, bytes of weights, and the seconds that deciding took. Methods at random are
+drawn with five seeds. A run that is stopped goes on with the rows that are missing; what other versions or another
+machine wrote is measured anew.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ def pipelines(keep: float) -> Iterator[tuple[str, int]]:
     for method in ("influence", "span", "gates", "greedy", "search", "exhaustive"):
         yield f"drop-layers{{keep={keep},method={method}}}", 0
     yield f"drop-layers{{keep={keep},unit=branch}}", 0
+    yield f"collapse-layers{{keep={keep}}}", 0
     for mode in ("rdsc", "replace"):
-        yield f"collapse-layers{{keep={keep},mode={mode}}}", 0
+        yield f"collapse-layers{{keep={keep},mode={mode},size=3}}", 0
     for method in ("fixed", "crash", "functional", "search", "exhaustive"):
         yield f"share-layers{{keep={keep},method={method}}}", 0
     for seed in SEEDS:
@@ -94,7 +95,6 @@ class Model:
             "did": said,
             "figures": figures,
             "weight_bytes": program.weight_bytes(),
-            "block_bytes": block_bytes(program),
             "cpu_seconds": round(seconds, 1),
         }
 

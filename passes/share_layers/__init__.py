@@ -93,7 +93,7 @@ class ShareLayers(Pass):
             return Plan(self.spec, reason=f"{1 - self.keep:.0%} of the blocks is less than half a block")
         sharing: Sharing = elected(load_method(self.name, self.method)(task), self.donor)
         if not any(task.shared(k, donor) for k, donor in enumerate(sharing) if k != donor):
-            return Plan(self.spec, reason="these blocks have no matrices of their own")
+            return Plan(self.spec, reason="these blocks have no floating-point matrices of their own")
         actions, tensors = list[dict[str, Any]](), dict[str, torch.Tensor]()
         if self.align:
             actions += _alignments(task, sharing)

@@ -83,3 +83,14 @@ def test_axes() -> None:
         assert times["analysis"]["seconds"] < 5
         for what in ("one hidden axis", "all hidden axes", "all axes without a pin"):
             assert times[what]["seconds"] < 2 + 0.002 * times[what]["nodes_touched"]
+
+
+def test_layers() -> None:
+    """States that are judged as a whole are never worse than layers rated one by one, beyond the interval."""
+    found = result("layers")
+    assert found["rows"]
+    kl = {(row["model"], row["pipeline"]): row["figures"]["kl"] for row in found["rows"] if "figures" in row}
+    for (model, pipeline), figure in kl.items():
+        if "drop-layers" in pipeline and pipeline.endswith("method=search}"):
+            other = kl[model, pipeline.replace("search", "influence")]
+            assert figure["low"] <= other["high"], f"{pipeline} on {model}"

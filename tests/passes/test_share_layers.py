@@ -354,4 +354,4 @@ def test_blocks_that_share_already_have_nothing_to_share(program: Program) -> No
     after = item.apply(program, item.plan(program)).program
     everything = ShareLayers(keep=0.25, method="fixed")
     once = everything.apply(after, everything.plan(after)).program
-    assert everything.plan(once).reason == "these blocks have no matrices of their own"
+    assert everything.plan(once).reason == "these blocks have no floating-point matrices of their own"
