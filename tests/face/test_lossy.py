@@ -63,6 +63,7 @@ def test_a_pipeline_is_decided_judged_healed_and_saved(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("LACONIC_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "500")  # however long the paths are, no cell is wrapped
     line = ["optimize", str(saved), "-p", "drop-layers{keep=0.8,method=influence}", "--heal", "3"]
     line += ["--calibration", str(texts[0]), "--data", str(texts[1]), "--metric", "nats", "--batch", "2"]
     assert run([*line, "-o", str(tmp_path / "out"), "--json"]) == 0
