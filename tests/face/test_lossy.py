@@ -85,6 +85,7 @@ def test_a_pipeline_is_decided_judged_healed_and_saved(
     assert model.generate([[5, 6, 7]], max_new_tokens=3).shape == (1, 6)
 
 
+@pytest.mark.slow
 def test_the_seed_is_all_that_chance_has(saved: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
     found = {}
     for seed in (0, 0, 1, 2, 3):

@@ -132,6 +132,7 @@ def test_attention_rows_are_those_of_eager_attention(subject: tuple[Any, Program
         close(found[statistic]["distance"].sum(1), torch.full((p.shape[1],), 12.0))
 
 
+@pytest.mark.slow
 def test_routing_is_that_of_the_routers() -> None:
     torch.manual_seed(0)
     model, inputs, axes = qwen3_moe()

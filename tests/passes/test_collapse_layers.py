@@ -99,6 +99,7 @@ def test_what_adds_nothing_is_found_by_its_likeness() -> None:
     assert len(Depth(after).blocks) == 5
 
 
+@pytest.mark.slow
 def test_likeness_is_that_of_the_plain_module(module: nn.Module, program: Program) -> None:
     from laconic.passes.collapse_layers import _Collapse, _Model
 

@@ -302,6 +302,7 @@ class Pictures(Data):
         return Batch({"pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(k))})
 
 
+@pytest.mark.slow
 def test_caches_go_and_it_still_generates() -> None:
     module = made(silent=(1, 3))
     _, inputs, axes = llama(1)

@@ -79,6 +79,7 @@ def test_what_is_computed_is_the_plain_module_with_mixed_matrices(
     assert linears == (12 if lowering == "rebuild" else 0)
 
 
+@pytest.mark.slow
 def test_twins_take_one_atom_and_nothing_is_lost(module: nn.Module) -> None:
     twins = copy.deepcopy(module)
     for name in NAMES:
