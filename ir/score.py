@@ -43,6 +43,11 @@ def passed_by(value: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     return before
 
 
+def replaced_by(value: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The setting of a gate on a weight by which its readers are given another one."""
+    return lambda given: value
+
+
 class Gated:
     """A program's `forward` with gates: what it returns is a function of what they do. Gates at one place act one
     behind the other. `taps` see values as they are then.

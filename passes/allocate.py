@@ -27,6 +27,11 @@ Fitness = Callable[[State, Sequence[int]], float]
 Progress = Callable[[int, int], None]
 
 
+def going(keep: float, count: int) -> int:
+    """How many of so many units go if a share of them stays: rounded, halves up."""
+    return math.floor((1 - keep) * count + 0.5)
+
+
 @dataclass(frozen=True)
 class Class:
     """Units of equal cost: their numbers, and what their levels, each at most `top`, sum up to."""

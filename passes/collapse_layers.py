@@ -14,7 +14,7 @@ subtracts the layer that is being changed, by which the sum becomes the last blo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -25,11 +25,12 @@ from laconic.ir.data import flat_inputs, running
 from laconic.ir.depth import Block, Depth
 from laconic.ir.errors import UsageError
 from laconic.ir.program import Program
-from laconic.ir.score import Candidate, Gate, Gated, passed_by
+from laconic.ir.score import Candidate, Gate, Gated, passed_by, replaced_by
+from laconic.passes.allocate import going
 from laconic.passes.base import Contract, Needs, Pass, Plan
-from laconic.passes.share_layers.task import is_matrix
+from laconic.passes.deciding import ENTRY, is_matrix
+from laconic.passes.options import check_least, check_share
 
-_ENTRY = "forward"
 _SAMPLES = 5
 _LOWER = 0.1
 
@@ -51,12 +52,10 @@ class CollapseLayers(Pass):
     source: ClassVar[str] = "arXiv:2402.11187"
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1:
-            raise ValueError(f"option 'keep' is a share above 0 and up to 1, not {self.keep}")
+        check_share("keep", self.keep)
         if self.size < 0 or self.size == 1:
             raise ValueError(f"option 'size' is 2 or more, or 0, not {self.size}")
-        if self.interval < 1:
-            raise ValueError(f"option 'interval' is at least 1, not {self.interval}")
+        check_least(1, interval=self.interval)
         if not -1 <= self.threshold <= 1:
             raise ValueError(f"option 'threshold' is a cosine, not {self.threshold}")
 
@@ -78,7 +77,7 @@ class CollapseLayers(Pass):
         actions, tensors = list[dict[str, Any]](), dict[str, torch.Tensor]()
         for run in dict.fromkeys(block.run for block in depth.blocks):
             blocks = [block for block in depth.blocks if block.run == run]
-            budget = math.floor((1 - self.keep) * len(blocks) + 0.5)
+            budget = going(self.keep, len(blocks))
             if budget == len(blocks):
                 raise UsageError(f"{budget} of {budget} blocks of run {run} cannot go", hint="keep more")
             if budget:
@@ -134,9 +133,9 @@ class _Collapse:
     ) -> None:
         self._program, self._depth, self._blocks, self._item, self._budget = program, depth, blocks, item, budget
         self._size = item.size or max(2, len(blocks) // 6)
-        ends = [depth.branches(b.units[0].stream, b.units[0].place)[_ENTRY].v.name for b in blocks]
-        outs = [depth.branches(b.units[-1].stream, b.units[-1].place)[_ENTRY].out.name for b in blocks]
-        nodes = program.entries[_ENTRY].weight_nodes()
+        ends = [depth.branches(b.units[0].stream, b.units[0].place)[ENTRY].v.name for b in blocks]
+        outs = [depth.branches(b.units[-1].stream, b.units[-1].place)[ENTRY].out.name for b in blocks]
+        nodes = program.entries[ENTRY].weight_nodes()
         self._rows = [self._matrices(block) for block in blocks]
         gates = [Gate(f"block {b.number}", out, beside=v) for b, v, out in zip(blocks, ends, outs, strict=True)]
         gates += [Gate(row, nodes[row].name) for rows in self._rows for row in rows]
@@ -204,7 +203,7 @@ class _Collapse:
     def _candidate(self, model: _Model) -> Candidate:
         gone = [block for block in self._blocks if block not in model.left]
         found: dict[str, Any] = {f"block {block.number}": passed_by for block in gone}
-        return found | {row: _holding(value) for row, value in model.held.items()}
+        return found | {row: replaced_by(value) for row, value in model.held.items()}
 
     def _last(self, candidate: Candidate) -> torch.Tensor:
         """What comes out of the run, (samples, numbers) float64, padding as zeros."""
@@ -225,15 +224,11 @@ class _Collapse:
         tensors = {row: value for row, value in model.held.items() if row in kept}
         actions = []
         for block in self._blocks:
-            node = self._depth.branches(block.units[0].stream, block.units[0].place)[_ENTRY].add
-            where = {"layer": f"block {block.number}", "entry": _ENTRY, "node": node.name, "site": node.meta["site"]}
+            node = self._depth.branches(block.units[0].stream, block.units[0].place)[ENTRY].add
+            where = {"layer": f"block {block.number}", "entry": ENTRY, "node": node.name, "site": node.meta["site"]}
             rows = sorted(block.rows.intersection(tensors))
             if block not in model.left:
                 actions.append(where | {"rule": "drop block", "place": [block.run, block.number]})
             elif rows:
                 actions.append(where | {"rule": "collapse into", "rows": rows})
         return _Found(actions, tensors)
-
-
-def _holding(value: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda given: value

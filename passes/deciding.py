@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from laconic.ir.calibration import Calibration
 from laconic.ir.depth import Depth
 from laconic.ir.errors import UsageError
-from laconic.ir.program import Program
+from laconic.ir.program import Kind, Program
 from laconic.ir.score import Scorer
 from laconic.ir.statistics.rows import shape_of
 from laconic.passes.allocate import Evolution, Progress, Space, Stage, State, evolve, exhaustive, greedy
@@ -20,6 +20,16 @@ from laconic.passes.allocate import Evolution, Progress, Space, Stage, State, ev
 _SIEVE, _FINAL = 2048, 32768
 #: States beyond which nobody wants to wait for all of them.
 _MOST = 20_000
+
+
+#: The entry that decisions are made on.
+ENTRY = "forward"
+
+
+def is_matrix(program: Program, row: str) -> bool:
+    """Whether a row is what decisions over weights are about: a floating-point parameter of two axes or more."""
+    weight = program.weights[row]
+    return weight.kind is Kind.PARAMETER and weight.value.is_floating_point() and weight.value.dim() >= 2
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,7 @@ class Task(ABC):
         """How many places of a stream what is counted once in a batch takes: a sample without a mask takes all."""
         if self.data.data.batch(0).mask is not None:
             return 1
-        starts = (stream.start for stream in self.depth.structures["forward"].streams)
+        starts = (stream.start for stream in self.depth.structures[ENTRY].streams)
         shapes = [shape_of(start.meta["val"]) for start in starts]
         return max((shape[1] for shape in shapes if len(shape) == 3 and isinstance(shape[1], int)), default=1)
 

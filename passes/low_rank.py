@@ -16,7 +16,8 @@ from torch import fx
 from laconic.ir.errors import UsageError
 from laconic.ir.program import Entry, Program
 from laconic.ir.rewrite import add_constant, insert_call, weight_node
-from laconic.passes.products import product
+from laconic.ir.statistics.base import Sums
+from laconic.passes.products import Product, product
 
 aten = torch.ops.aten
 
@@ -49,6 +50,13 @@ def whitened(missing: torch.Tensor, products: torch.Tensor, rows: int, rank: int
     whole = float(values.square().sum())
     kept = float(values[rank:].square().sum()) / whole if whole else 0.0
     return Correction(left[:, :rank] * roots, inner, kept**0.5)
+
+
+def correction_of(use: Product, missing: torch.Tensor, sums: Sums, rank: int, dtype: torch.dtype) -> Correction:
+    """The correction of a product's matrix, as it is stored, by which `missing` is missing; `sums` are those of the
+    covariance of what it multiplies. The factors are of `dtype`."""
+    made = whitened(missing if use.outputs_first else missing.T, sums["products"], int(sums["rows"]), rank)
+    return Correction(made.outer.to(dtype), made.inner.to(dtype), made.left)
 
 
 def _damped(products: torch.Tensor, rows: int) -> torch.Tensor:

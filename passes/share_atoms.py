@@ -29,17 +29,17 @@ from laconic.ir.calibration import Calibration
 from laconic.ir.errors import UsageError
 from laconic.ir.listing import SlotKind
 from laconic.ir.program import Program
-from laconic.ir.rewrite import add_constant, by_name, drop_unused, insert_call, used_rows, weight_node
+from laconic.ir.rewrite import add_constant, drop_unused, insert_call, used_rows, weight_node
 from laconic.ir.statistics.moments import Covariance
 from laconic.ir.structure import EntryStructure, entry_structure
 from laconic.passes.base import Contract, Needs, Pass, Plan
-from laconic.passes.low_rank import add_correction, whitened
+from laconic.passes.deciding import ENTRY, is_matrix
+from laconic.passes.low_rank import add_correction, correction_of
+from laconic.passes.options import check_least, check_share
 from laconic.passes.products import Product, products_of
-from laconic.passes.share_layers.task import is_matrix
 
 aten = torch.ops.aten
 
-_ENTRY = "forward"
 _RANKLESS = 1e-12
 
 
@@ -60,10 +60,8 @@ class ShareAtoms(Pass):
     source: ClassVar[str] = "MASA 2025"
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1:
-            raise ValueError(f"option 'keep' is a share above 0 and up to 1, not {self.keep}")
-        if self.rank < 0:
-            raise ValueError(f"option 'rank' is at least 0, not {self.rank}")
+        check_share("keep", self.keep)
+        check_least(0, rank=self.rank)
 
     @property
     def reads_values(self) -> bool:
@@ -91,7 +89,7 @@ class ShareAtoms(Pass):
             tensors[f"atoms.{rows[0]}"] = atoms
             for row, mixture in zip(rows, mixtures, strict=True):
                 node = products_of(program, row)[0][0].node
-                where = {"entry": _ENTRY, "node": node.name, "site": node.meta.get("site", -1)}
+                where = {"entry": ENTRY, "node": node.name, "site": node.meta.get("site", -1)}
                 actions.append({"rule": "mix", "row": row, "atoms": rows[0], "left": left, **where})
                 tensors[f"mix.{row}"] = mixture[None]
         if self.rank and calibration is not None:
@@ -120,8 +118,12 @@ class ShareAtoms(Pass):
         rows = [weight_node(program, entry, name) for name in (mixture, atoms)]
         shape = [int(n) for n in use.weight.meta["val"].shape]
 
-        def call(target: Any, *args: Any, before: fx.Node = node) -> fx.Node:
-            return insert_call(program, entry, before, target, args, by=self.name, like=node)
+        order = list(entry.graph.nodes)
+        readers = {node, *use.views}
+        first = min(readers, key=order.index)
+
+        def call(target: Any, *args: Any) -> fx.Node:
+            return insert_call(program, entry, first, target, args, by=self.name, like=node)
 
         if self._mixes(use, int(rows[1].meta["val"].shape[0])):
             every = call(aten.reshape.default, rows[1], [-1, shape[1]])  # atoms one below the other
@@ -133,11 +135,6 @@ class ShareAtoms(Pass):
             entry.graph.erase_node(node)
             return
         made = call(aten.reshape.default, call(aten.mm.default, *rows), shape)
-        readers = set(use.views) | {node}
-        first = min(readers, key=list(by_name(entry).values()).index)
-        for part in (made.args[0], made):
-            assert isinstance(part, fx.Node)
-            first.prepend(part)
         for reader in readers:
             reader.replace_input_with(use.weight, made)
 
@@ -208,17 +205,16 @@ def _corrections(
     """What each matrix misses, whitened by its inputs, in so many directions."""
     uses = {}
     for action in actions:
-        own = [use for use in products_of(program, action["row"])[0] if use.entry.name == _ENTRY]
+        own = [use for use in products_of(program, action["row"])[0] if use.entry.name == ENTRY]
         uses[action["row"]] = own[0]
     asked = {row: Covariance(use.data.name) for row, use in uses.items()}
-    found, made = calibration.statistics(program, list(asked.values())), {}
+    found = calibration.statistics(program, list(asked.values()))
+    made = dict[str, torch.Tensor]()
     for action in actions:
         row, use = action["row"], uses[action["row"]]
         value = program.weights[row].value.detach()
         now = (tensors[f"mix.{row}"].double() @ tensors[f"atoms.{action['atoms']}"].double()).reshape(value.shape)
         missing = value.double() - now
-        sums = found[asked[row]]
-        correction = whitened(missing if use.outputs_first else missing.T, sums["products"], int(sums["rows"]), rank)
-        made[f"outer.{row}"] = correction.outer.to(value.dtype)
-        made[f"inner.{row}"] = correction.inner.to(value.dtype)
+        correction = correction_of(use, missing, found[asked[row]], rank, value.dtype)
+        made |= {f"outer.{row}": correction.outer, f"inner.{row}": correction.inner}
     return made

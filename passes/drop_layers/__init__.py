@@ -28,6 +28,7 @@ from laconic.passes.base import Contract, Needs, Pass, Plan
 from laconic.passes.drop_layers.absorb import output_rows
 from laconic.passes.drop_layers.task import Choice, DropTask, Layer, blocks_of, branches_of, space_of
 from laconic.passes.methods import load_method
+from laconic.passes.options import check_least, check_share
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,9 @@ class DropLayers(Pass):
     source: ClassVar[str] = "arXiv:2410.14649, arXiv:2403.03853, arXiv:2403.17887, FoldGPT 2024"
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1:
-            raise ValueError(f"option 'keep' is a share above 0 and up to 1, not {self.keep}")
-        for name, least in (("protect", 0), ("generations", 0), ("steps", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"option {name!r} is at least {least}, not {getattr(self, name)}")
+        check_share("keep", self.keep)
+        check_least(0, protect=self.protect, generations=self.generations)
+        check_least(1, steps=self.steps)
         load_method(self.name, self.method)
 
     @property

@@ -3,7 +3,6 @@ them are judged."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,10 +11,8 @@ from laconic.ir.depth import Block, Depth, Unit
 from laconic.ir.errors import UsageError
 from laconic.ir.score import Candidate, Gate, Scorer, passed_by
 from laconic.ir.types import nbytes
-from laconic.passes.allocate import Class, Space, State
-from laconic.passes.deciding import Task
-
-ENTRY = "forward"
+from laconic.passes.allocate import Class, Space, State, going
+from laconic.passes.deciding import ENTRY, Task
 
 
 @dataclass(frozen=True)
@@ -109,7 +106,7 @@ def space_of(depth: Depth, layers: Sequence[Layer], keep: float, protect: int) -
         kinds.setdefault(layer.kind, []).append(k)
     classes = []
     for kind, units in kinds.items():
-        budget = math.floor((1 - keep) * len(units) + 0.5)
+        budget = going(keep, len(units))
         inner = units[protect : len(units) - protect]
         locked = {unit: why for unit in inner if (why := _locked(depth, layers[unit]))} if budget else {}
         free = tuple(unit for unit in inner if unit not in locked)

@@ -23,6 +23,7 @@ from laconic.ir.program import Program
 from laconic.passes.base import Contract, Needs, Pass, Plan
 from laconic.passes.heal.changed import Change
 from laconic.passes.heal.training import Healing, Settings
+from laconic.passes.options import check_least
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,7 @@ class Heal(Pass):
     source: ClassVar[str] = "FoldGPT 2024"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "tail", "lora", "weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"option {name!r} is at least 0, not {getattr(self, name)}")
+        check_least(0, steps=self.steps, tail=self.tail, lora=self.lora, weight=self.weight)
         if not self.rate > 0:
             raise ValueError(f"option 'rate' is above 0, not {self.rate}")
 

@@ -23,9 +23,11 @@ import torch
 from torch import fx
 
 from laconic.ir.calibration import Calibration
-from laconic.ir.program import Alias, Entry, Kind, Program
+from laconic.ir.program import Alias, Entry, Program
 from laconic.ir.rewrite import add_constant, drop_weight, insert_call, weight_node
 from laconic.passes.base import Contract, Pass, Plan
+from laconic.passes.deciding import is_matrix
+from laconic.passes.options import check_least, check_share
 from laconic.passes.share_hash.mapping import RandomFold
 from laconic.passes.share_hash.module import fitted, scale_of, scale_steps, share_hash, slot_scale
 
@@ -49,10 +51,9 @@ class ShareHash(Pass):
     source: ClassVar[str] = "STABLE-RPS, after ROAST 2023"
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio <= 1:
-            raise ValueError(f"option 'ratio' is a share above 0 and up to 1, not {self.ratio}")
-        if self.least < 1 or self.seed < 0:
-            raise ValueError("options 'least' and 'seed' are whole numbers, 'least' above 0")
+        check_share("ratio", self.ratio)
+        check_least(1, least=self.least)
+        check_least(0, seed=self.seed)
 
     @property
     def reads_values(self) -> bool:
@@ -64,10 +65,7 @@ class ShareHash(Pass):
         rows = [
             row
             for row, weight in program.weights.items()
-            if weight.kind is Kind.PARAMETER
-            and weight.value.is_floating_point()
-            and weight.value.dim() >= 2
-            and weight.value.numel() >= self.least
+            if is_matrix(program, row) and weight.value.numel() >= self.least
         ]
         if not rows:
             return Plan(self.spec, reason=f"no parameter has two axes and {self.least} elements")

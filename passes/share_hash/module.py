@@ -79,21 +79,12 @@ def share_hash(module: nn.Module, ratio: float, *, least: int = 1024, seed: int 
         weight = getattr(owner, name)
         key = id(weight)
         folded = _Folded(fold, table, firsts[key], weight, scales[key])
-        parametrize.register_parametrization(owner, name, _Held(), unsafe=True)
-        held: Any = owner.parametrizations[name]  # type: ignore[index]
-        held[0] = folded
-        held.original = array
+        parametrize.register_parametrization(owner, name, folded, unsafe=True)
+        owner.parametrizations[name].original = array  # type: ignore[index,union-attr]
     made.register_parameter(_ARRAY, array)
     scaling = slot_scale(made)
     array.register_hook(lambda gradient: gradient / scaling.to(gradient.dtype))  # type: ignore[no-untyped-call]
     return made
-
-
-class _Held(nn.Module):
-    """What a weight is while its place is being made: itself."""
-
-    def forward(self, value: torch.Tensor) -> torch.Tensor:
-        return value
 
 
 def _places(module: nn.Module, least: int) -> list[tuple[nn.Module, str]]:

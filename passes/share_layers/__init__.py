@@ -37,6 +37,7 @@ from laconic.passes.base import Contract, Needs, Pass, Plan
 from laconic.passes.low_rank import add_correction
 from laconic.passes.merging import OPERATORS
 from laconic.passes.methods import load_method
+from laconic.passes.options import check_least, check_share
 from laconic.passes.products import products_of
 from laconic.passes.share_layers.donors import Inputs, corrections, elected, merged_rows
 from laconic.passes.share_layers.task import ShareTask, Sharing, peers_of
@@ -63,11 +64,8 @@ class ShareLayers(Pass):
     source: ClassVar[str] = "FoldGPT 2024, arXiv:2310.15477, arXiv:2410.21271"
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1:
-            raise ValueError(f"option 'keep' is a share above 0 and up to 1, not {self.keep}")
-        for name in ("rank", "generations"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"option {name!r} is at least 0, not {getattr(self, name)}")
+        check_share("keep", self.keep)
+        check_least(0, rank=self.rank, generations=self.generations)
         load_method(self.name, self.method)
         OPERATORS.load(self.merge)
 

@@ -11,12 +11,13 @@ import torch
 from laconic.ir.data import flat_inputs
 from laconic.ir.interpret import Interpreter, Tap
 from laconic.ir.quality import named_results
-from laconic.ir.statistics.base import Statistics
+from laconic.ir.statistics.base import Statistics, Sums
 from laconic.ir.statistics.moments import Covariance
-from laconic.passes.low_rank import Correction, whitened
+from laconic.passes.deciding import ENTRY
+from laconic.passes.low_rank import Correction, correction_of
 from laconic.passes.merging import Members, merge
 from laconic.passes.products import Product, products_of
-from laconic.passes.share_layers.task import ENTRY, ShareTask, Sharing
+from laconic.passes.share_layers.task import ShareTask, Sharing
 
 #: Operators that merge what has one ancestor: for blocks, which have none, the donor stands for it.
 _OF_DELTAS = ("breadcrumbs", "dare", "pcb", "ties")
@@ -58,13 +59,12 @@ class Inputs:
         asked = [Covariance(use.data.name) for use in uses]
         self._found = self.task.data.statistics(self.task.program, asked) if asked else None
 
-    def of(self, row: str) -> tuple[torch.Tensor, int] | None:
-        """The products of the channels of a row's inputs, and over how many rows; None if they are not known."""
+    def of(self, row: str) -> Sums | None:
+        """The sums of the covariance of a row's inputs; None if they are not known."""
         use = self.product(row)
         if use is None or self._found is None:
             return None
-        sums = self._found[Covariance(use.data.name)]
-        return sums["products"], int(sums["rows"])
+        return self._found[Covariance(use.data.name)]
 
 
 def merged_rows(task: ShareTask, sharing: Sharing, operator: str, inputs: Inputs) -> dict[str, torch.Tensor]:
@@ -83,7 +83,7 @@ def merged_rows(task: ShareTask, sharing: Sharing, operator: str, inputs: Inputs
             if use is None or None in known:
                 chosen, turned = "average", False
             else:
-                more = {"covariances": tuple(each[0] / each[1] for each in known if each is not None)}
+                more = {"covariances": tuple(each["products"] / each["rows"] for each in known if each is not None)}
         elif operator == "fisher":
             more = {"squares": tuple(squares[row] for row in rows)}
         elif operator in _OF_DELTAS:
@@ -150,8 +150,5 @@ def corrections(
         missing = program.weights[row].value.detach().double() - now.double()
         if bool((missing == 0).all()):
             continue
-        missing = missing if use.outputs_first else missing.T
-        made = whitened(missing, known[0], known[1], rank)
-        dtype = program.weights[row].value.dtype
-        found[row] = Correction(made.outer.to(dtype), made.inner.to(dtype), made.left)
+        found[row] = correction_of(use, missing, known, rank, program.weights[row].value.dtype)
     return found

@@ -12,7 +12,8 @@ from laconic.ir.data import flat_inputs, running
 from laconic.ir.errors import UsageError
 from laconic.ir.interpret import Interpreter, Tap
 from laconic.ir.statistics.rows import Masks, shape_of
-from laconic.passes.share_layers.task import ENTRY, Peers, ShareTask, Sharing
+from laconic.passes.deciding import ENTRY
+from laconic.passes.share_layers.task import Peers, ShareTask, Sharing
 
 #: Samples that hidden states are compared on, and tokens that single replacements are judged on.
 _SAMPLES, _TOKENS = 512, 8192

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,12 +10,9 @@ import torch
 
 from laconic.ir.depth import Block, Depth
 from laconic.ir.errors import UsageError
-from laconic.ir.program import Kind, Program
-from laconic.ir.score import Candidate, Gate, Scorer
-from laconic.passes.allocate import Class, Space, State
-from laconic.passes.deciding import Task
-
-ENTRY = "forward"
+from laconic.ir.score import Candidate, Gate, Scorer, Setting, replaced_by
+from laconic.passes.allocate import Class, Space, State, going
+from laconic.passes.deciding import ENTRY, Task, is_matrix
 
 #: For each block the one whose weights it reads: itself, or its donor.
 Sharing = tuple[int, ...]
@@ -72,26 +68,15 @@ class ShareTask(Task):
 
     def candidate(self, sharing: Sharing, merged: Mapping[str, torch.Tensor] | None = None) -> Candidate:
         """What the gates do under a sharing, where donors hold what was `merged`."""
-        held = {row: value.detach() for row, value in (merged or {}).items()}
-        found = {row: _holding(value) for row, value in held.items()}
+        donated = {row: value.detach() for row, value in (merged or {}).items()}
+        found: dict[str, Setting] = {row: replaced_by(value) for row, value in donated.items()}
         for block, donor in enumerate(sharing):
             for row, other in self.shared(block, donor).items() if block != donor else ():
-                found[row] = _holding(held.get(other, self.program.weights[other].value.detach()))
+                found[row] = replaced_by(donated.get(other, self.program.weights[other].value.detach()))
         return found
 
     def fitness(self, state: State, batches: Sequence[int]) -> float:
         return self.scorer(self.candidate(self.nearest(state)), batches)
-
-
-def _holding(value: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The setting of a gate on a weight by which its readers are given another one."""
-    return lambda given: value
-
-
-def is_matrix(program: Program, row: str) -> bool:
-    """Whether a row is what blocks share: a floating-point parameter of two axes or more."""
-    weight = program.weights[row]
-    return weight.kind is Kind.PARAMETER and weight.value.is_floating_point() and weight.value.dim() >= 2
 
 
 def peers_of(depth: Depth, keep: float) -> tuple[Peers, ...]:
@@ -118,7 +103,7 @@ def peers_of(depth: Depth, keep: float) -> tuple[Peers, ...]:
         raise UsageError("no block could do with the weights of another one", why=why)
     peers = []
     for run, group in found:
-        donors = len(group) - math.floor((1 - keep) * len(group) + 0.5)
+        donors = len(group) - going(keep, len(group))
         if not donors:
             raise UsageError(f"of {len(group)} blocks of run {run} none would keep its weights", hint="keep more")
         peers.append(Peers(run, tuple(group), donors))
