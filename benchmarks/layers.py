@@ -1,15 +1,17 @@
 """What dropping and sharing layers costs: every method on reference models, on the held-out test split, with intervals.
 
-    python benchmarks/layers.py benchmarks/results/layers.json [MODEL ...]
+    python benchmarks/layers.py benchmarks/results/layers.json [MODEL | SHARE | together ...]
 
 Decisions are made on the calibration split alone. Of each result: nats and divergence from the original with 95 %
 intervals over documents (or digits), top-1, bytes of weights, and the seconds that deciding took. Methods at random are
-drawn with five seeds. A run that is stopped goes on with the rows that are missing; what other versions or another
-machine wrote is measured anew.
+drawn with five seeds. `together` is what pipelines of several passes do at half of the blocks' bytes, and corrections
+for as many bytes as further blocks. Without names all models at all shares, and these. A run that is stopped goes on
+with the rows that are missing; what other versions or another machine wrote is measured anew.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from laconic.data.load import load_data
+from laconic.ir.calibrate import digest
 from laconic.ir.calibration import Calibration
 from laconic.ir.data import Data
 from laconic.ir.depth import Depth
@@ -26,24 +29,26 @@ from laconic.ir.errors import LaconicError
 from laconic.ir.files import place_file, temporary_beside
 from laconic.ir.metrics.registry import load as load_metric
 from laconic.ir.program import Program
-from laconic.ir.quality import difference, figure, measure
+from laconic.ir.quality import Units, difference, figure, measure
 from laconic.ir.types import nbytes
 from laconic.machine import machine
 from laconic.passes.pipeline import parse_pipeline
+from laconic.passes.share_layers.task import ShareTask, peers_of
 from laconic.sources import opened
 
-MODELS = ("vit", "llama-gqa", "llama-mha")
 KEEP = (0.75, 0.67, 0.5)
 SEEDS = range(5)
 #: Samples a batch: what a step of training, and of a search's sieve, sees.
 BATCH = {"vit": 8, "llama-gqa": 4, "llama-mha": 4}
 METRICS = ("nats", "kl", "top1")
+HEAL = "heal{steps=200}"
 
 
 def pipelines(keep: float) -> Iterator[tuple[str, int]]:
     """What is measured at a share of blocks, or of their weights: a pipeline and a seed."""
     for method in ("influence", "span", "gates", "greedy", "search", "exhaustive"):
         yield f"drop-layers{{keep={keep},method={method}}}", 0
+    yield f"drop-layers{{keep={keep},method=gates,repair=no}}", 0
     yield f"drop-layers{{keep={keep},unit=branch}}", 0
     yield f"collapse-layers{{keep={keep}}}", 0
     for mode in ("rdsc", "replace"):
@@ -53,6 +58,24 @@ def pipelines(keep: float) -> Iterator[tuple[str, int]]:
     for seed in SEEDS:
         yield f"drop-layers{{keep={keep},method=random}}", seed
         yield f"share-layers{{keep={keep},method=random}}", seed
+
+
+def together(model: Model) -> Iterator[tuple[str, int]]:
+    """What is compared at equal bytes: single passes and FoldGPT's chain, healed and not; blocks that share for fewer
+    donors and corrections."""
+    for share in (
+        "drop-layers{keep=0.75,method=gates},share-layers{keep=0.67,method=crash}",
+        "drop-layers{keep=0.75},share-layers{keep=0.67}",
+        "drop-layers{keep=0.5,method=influence}",
+        "drop-layers{keep=0.5}",
+        "collapse-layers{keep=0.5}",
+        "share-layers{keep=0.5}",
+    ):
+        yield share, 0
+        yield f"{share},{HEAL}", 0
+    for keep, fewer in ((0.75, 0.625), (0.5, 0.375)):
+        yield f"share-layers{{keep={keep}}}", 0
+        yield f"share-layers{{keep={fewer},rank={model.rank(keep, fewer)}}}", 0
 
 
 class Model:
@@ -67,6 +90,7 @@ class Model:
         self.metrics = [load_metric(metric) for metric in METRICS]
         plain = [metric for metric in self.metrics if not metric.reference]
         (self.own,) = measure([self.program], self.test, plain)
+        self._known: dict[str, dict[str, Units]] = {}
 
     def row(self, pipeline: str, seed: int) -> dict[str, Any]:
         """A pipeline's result, measured."""
@@ -82,7 +106,7 @@ class Model:
         except LaconicError as problem:
             return {"model": self.name, "pipeline": pipeline, "seed": seed, "refused": problem.what}
         seconds = time.process_time() - start
-        (units,) = measure([program], self.test, self.metrics, reference=self.program)
+        units = self._measured(program)
         figures = {metric.name: asdict(figure(metric, units[metric.name])) for metric in self.metrics}
         for metric in self.metrics:
             if metric.name in self.own:
@@ -97,6 +121,21 @@ class Model:
             "weight_bytes": program.weight_bytes(),
             "cpu_seconds": round(seconds, 1),
         }
+
+    def _measured(self, program: Program) -> dict[str, Units]:
+        """What a program says on the test split; methods that decide alike are measured once."""
+        key = digest(program, self.test, None)
+        if key not in self._known:
+            (self._known[key],) = measure([program], self.test, self.metrics, reference=self.program)
+        return self._known[key]
+
+    def rank(self, keep: float, fewer: float) -> int:
+        """The rank at which corrections of those that share take what the weights of the blocks between do."""
+        task = ShareTask(self.program, depth := Depth(self.program), None, 0, peers_of(depth, fewer))
+        sizes = [self.program.weights[row].value.shape for row in task.shared(1, 0)]
+        donors = sum(p.donors for p in task.peers)
+        spared, sharing = sum(p.donors for p in peers_of(depth, keep)) - donors, len(task.blocks) - donors
+        return spared * sum(a * b for a, b in sizes) // (sharing * sum(a + b for a, b in sizes))
 
     def original(self) -> dict[str, Any]:
         figures = {name: asdict(figure(load_metric(name), units)) for name, units in self.own.items()}
@@ -114,25 +153,28 @@ def block_bytes(program: Program) -> int:
     return sum(nbytes(program.weights[row].value) for row in rows)
 
 
-def main(path: Path, names: list[str]) -> None:
+def main(path: Path, asked: list[str]) -> None:
     document: dict[str, Any] = {"machine": machine(), "originals": {}, "rows": []}
     if path.exists():
         known = json.loads(path.read_text())
         if known["machine"] == document["machine"]:
             document = known
-    for name in names or MODELS:
-        model = Model(name)
+    models = [Model(name) for name in [name for name in asked if name in BATCH] or BATCH]
+    shares = [name for name in asked if name not in BATCH] or [*map(str, KEEP), "together"]
+    done = {(row["model"], row["pipeline"], row["seed"]) for row in document["rows"]}
+    for share, model in itertools.product(shares, models):
         document["originals"][model.name] = model.original()
-        done = {(row["model"], row["pipeline"], row["seed"]) for row in document["rows"]}
-        for keep in KEEP:
-            for pipeline, seed in pipelines(keep):
-                if (model.name, pipeline, seed) not in done:
-                    row = model.row(pipeline, seed)
-                    document["rows"].append(row)
-                    print(model.name, pipeline, seed, row.get("refused") or row["figures"]["kl"], flush=True)
-                    with temporary_beside(path) as temporary:
-                        temporary.write_text(json.dumps(document, indent=1) + "\n")
-                        place_file(temporary, path, force=True)
+        for pipeline, seed in together(model) if share == "together" else pipelines(float(share)):
+            key = (model.name, pipeline, seed)
+            if key in done:
+                continue
+            row = model.row(pipeline, seed)
+            done.add(key)
+            document["rows"].append(row)
+            print(*key, row.get("refused") or row["figures"]["kl"], flush=True)
+            with temporary_beside(path) as temporary:
+                temporary.write_text(json.dumps(document, indent=1) + "\n")
+                place_file(temporary, path, force=True)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,11 @@ def passed_by(value: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     return before
 
 
+def scaled_by(factor: float) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The setting of a gate on what comes out of a layer, beside what goes into it, that scales what the layer adds."""
+    return lambda value, before: before + factor * (value - before)
+
+
 def replaced_by(value: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     """The setting of a gate on a weight by which its readers are given another one."""
     return lambda given: value

@@ -6,7 +6,7 @@ import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from laconic.ir.calibration import Calibration
 from laconic.ir.depth import Depth
@@ -86,24 +86,37 @@ class Task(ABC):
                 levels[unit] = 1
         return tuple(levels)
 
+    @property
+    def judged(self) -> range:
+        """The batches that whole states are judged on where not all of them take part."""
+        return range(self.batches(_FINAL))
+
     def searched(self, what: str, start: Sequence[State] = ()) -> State:
         """The state that evolution finds. Sieberling et al. 2024, "EvoPress", arXiv:2410.14649."""
         free = [(one.budget, len(one.units)) for one in self.space.classes]
         generations = self.generations or max(1, round(sum(k * (n - k) for k, n in free) / 1.5))
-        stages = (Stage(2, self.batches(_SIEVE)), Stage(1, self.batches(_FINAL)))
-        settings, count = Evolution(generations, stages=stages), len(self.scorer.tokens)
+        return self._evolved(what, start, Evolution(generations))
+
+    def mended(self, what: str, state: State) -> State:
+        """What a few generations make of a state."""
+        generations = self.generations or max(2, round(sum(len(one.units) for one in self.space.classes) / 4))
+        return self._evolved(what, [state], Evolution(generations, initial=0))
+
+    def _evolved(self, what: str, start: Sequence[State], settings: Evolution) -> State:
+        stages = (Stage(2, self.batches(_SIEVE)), Stage(1, len(self.judged)))
+        settings, count, seed = replace(settings, stages=stages), len(self.scorer.tokens), self.data.seed
         told = self.progress(what)
-        return evolve(self.space, self.fitness, count, settings, seed=self.data.seed, start=start, progress=told).state
+        return evolve(self.space, self.fitness, count, settings, seed=seed, start=start, progress=told).state
 
     def best(self, what: str) -> State:
         """The best of all states. Raises UsageError if there are too many."""
         if self.space.size() > _MOST:
             raise UsageError(f"there are {self.space.size()} states to try", hint="method=search")
-        return exhaustive(self.space, self.fitness, self.batches(_FINAL), progress=self.progress(what)).state
+        return exhaustive(self.space, self.fitness, len(self.judged), progress=self.progress(what)).state
 
     def descended(self) -> State:
         """Unit by unit, each time the one that hurts least."""
-        return greedy(self.space, self.fitness, self.batches(_FINAL)).state
+        return greedy(self.space, self.fitness, len(self.judged)).state
 
     def drawn(self) -> State:
         """A state at random, by the seed."""

@@ -7,7 +7,8 @@
 
 - `search` (the default): evolution of whole states by the divergence of the model's predictions;
 - `influence`: least 1 - cosine of what goes in and what comes out; `span`: the contiguous blocks of least angle;
-- `gates`: one trained number for each layer, all at once; those of branches that stay are folded into their weights;
+- `gates`: one trained number for each layer, all at once, mended by a short search (`repair=no`: not); those of
+  branches that stay are folded into their weights;
 - `exhaustive`, `greedy`, `random`: what these are measured against.
 
 Fires where blocks recur. Refused: a share that the model cannot give, blocks of which something inside is used
@@ -34,7 +35,8 @@ from laconic.passes.options import check_least, check_share
 @dataclass(frozen=True)
 class DropLayers(Pass):
     """`unit`: whole blocks, or branches. `protect`: so many at either end of a run stay. `generations`: of the search,
-    0 for k (n - k) / 1.5 where k of n go. `steps`: of training gates. Raises ValueError for shares that are none, and
+    0 for k (n - k) / 1.5 where k of n go. `steps`: of training gates; `repair`: whether a short search mends what they
+    choose. Raises ValueError for shares that are none, and
     UsageError for an unknown method."""
 
     keep: float = 0.75
@@ -43,6 +45,7 @@ class DropLayers(Pass):
     protect: int = 0
     generations: int = 0
     steps: int = 200
+    repair: bool = True
 
     name: ClassVar[str] = "drop-layers"
     summary: ClassVar[str] = "leave out the blocks or branches that are missed least"
@@ -75,7 +78,7 @@ class DropLayers(Pass):
         space = space_of(depth, layers, self.keep, self.protect)
         if not space.classes:
             return Plan(self.spec, reason=f"{1 - self.keep:.0%} of {len(layers)} layers is less than half a layer")
-        task = DropTask(program, depth, calibration, self.generations, tuple(layers), space, self.steps)
+        task = DropTask(program, depth, calibration, self.generations, tuple(layers), space, self.steps, self.repair)
         choice: Choice = load_method(self.name, self.method)(task)
         assert space.legal(choice.state)
         return Plan(self.spec, tuple(_actions(task, choice)))

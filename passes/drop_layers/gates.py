@@ -1,17 +1,22 @@
 """FoldGPT's gates: one number for each layer, trained together under the budget; the weights stay as they are.
 
-    v' = v + g f(v),  g = a^2 / (a^2 + epsilon)        loss = KL(model || gated) + penalty |mean g - keep|
+    v' = v + g f(v),  g in [0, 1] drawn anew for each sample, open with chance p        loss = KL(model || gated)
 
-As epsilon falls from 0.1 to 1e-4 each gate goes to 0 or to 1. What a layer is worth is so learned while the others are
-attenuated too, which scores of one layer at a time cannot tell. The layers of the smallest gates go; where a layer is
-one branch, the gates of those that stay are folded into their output projections.
+The chances of a class always sum up to what is kept of it: one that rises presses the others down. What a layer is
+worth is so learned while others are closed too, which scores of one layer at a time cannot tell; and since what is
+drawn is nearly always 0 or 1, attenuating all layers alike, which the norm behind them would hide, wins nothing. The
+layers of the smallest chances go. What is left is mended: a short search from there, by whole states.
 
-"FoldGPT: Simple and Effective Large Language Model Compression Scheme", 2024; the form of the gate and its schedule are
-those of the gate literature (smoothed L0), since its code is not public.
+Where a layer is one branch, the gates of those that stay are then trained as plain factors, and folded into their
+output projections if the model so loses less.
+
+"FoldGPT: Simple and Effective Large Language Model Compression Scheme", 2024; its code is not public. The gates are
+those of Louizos et al. 2018, arXiv:1712.01312 (hard concrete).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -24,87 +29,116 @@ from laconic.ir.quality import named_results
 from laconic.passes.allocate import State
 from laconic.passes.drop_layers.task import Choice, DropTask
 
-_RATE = 0.05
-_FIRST, _LAST = 0.1, 1e-4
-#: For this share of the steps epsilon stays what it is at first: gates move before they narrow.
-_WIDE = 1 / 3
-#: The penalty is so many times the loss at first, and grows by as much each tenth of the steps in which the gates leave
-#: more open than the budget allows.
-_PENALTY, _GROWTH = 1.0, 1.5
+_RATE, _FACTOR_RATE = 0.1, 0.01
+#: Of the hard concrete distribution: its temperature, and how far it is stretched beyond 0 and 1 before it is clamped.
+_HEAT, _MARGIN = 2 / 3, 0.1
+_EDGE = 1e-6
+#: What `logit + _OPEN` is the logit of: the chance that a gate is above 0.
+_OPEN = -_HEAT * math.log(_MARGIN / (1 + _MARGIN))
+
+#: The gate of layer k on a value of so many rows: a factor for each row, or one for all.
+Draw = Callable[[int, int], torch.Tensor]
 
 
 def train_gates(task: DropTask) -> Choice:
-    """Drop the layers of each class whose gates end smallest."""
-    gates = _Training(task).run()
-    state = task.least(gates)
-    return Choice(state, gates, _factors(task, state, gates))
+    """Drop the layers of each class whose chances to be open end smallest."""
+    model = _Model(task)
+    chances = _decided(task, model)
+    state = task.least(chances)
+    if task.repair:
+        state = task.mended("mending the choice of gates", state)
+    return Choice(state, chances, _factors(task, model, state))
 
 
-class _Training:
+class _Model:
+    """The model with a gate on each layer; how far it is then from the model as it is."""
+
     def __init__(self, task: DropTask) -> None:
         self._task, self._metric = task, load_metric("kl")
-        self._raw = torch.ones(len(task.layers), requires_grad=True)
-        self._epsilon = _FIRST
-        self._open = True
+        self._draw: Draw | None = None
         taps = [Tap((layer.out, layer.v), self._gate(k), replaces=True) for k, layer in enumerate(task.layers)]
         self._interpreter = Interpreter(task.program, taps)
-        free = {unit for one in task.space.classes for unit in one.units}
-        self._free = torch.tensor([k in free for k in range(len(task.layers))])
-
-    def _gates(self) -> torch.Tensor:
-        squared = self._raw.square()
-        return torch.where(self._free, squared / (squared + self._epsilon), 1.0)
 
     def _gate(self, k: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
         def see(value: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-            if self._open or not self._free[k]:
+            if self._draw is None:
                 return value
-            return before + (self._values[k] * (value - before).float()).to(value.dtype)
+            gate = self._draw(k, len(value)).reshape(-1, *[1] * (value.dim() - 1))
+            return before + (gate * (value - before).float()).to(value.dtype)
 
         return see
 
-    def run(self) -> tuple[float, ...]:
-        task, data = self._task, self._task.data.data
-        optimizer = torch.optim.Adam([self._raw], lr=_RATE)
-        order = torch.Generator().manual_seed(task.data.seed)
-        told, penalty = task.progress("training gates"), _PENALTY
-        for step in range(task.steps):
-            narrowed = max(0.0, (step / max(1, task.steps - 1) - _WIDE) / (1 - _WIDE))
-            self._epsilon = _FIRST * (_LAST / _FIRST) ** narrowed
-            # Steps keep to the width of the gate, sqrt(epsilon): closed gates stay closed as it narrows.
-            optimizer.param_groups[0]["lr"] = _RATE * (self._epsilon / _FIRST) ** 0.5
-            loss, excess = self._losses(int(torch.randint(len(data), (), generator=order)))
+    def train(self, raw: torch.Tensor, draw: Draw, rate: float, steps: int, what: str) -> None:
+        """Descend the divergence, per position, in what `draw` is a function of. Raises UsageError if it is not
+        finite."""
+        data, told = self._task.data.data, self._task.progress(what)
+        optimizer = torch.optim.Adam([raw], lr=rate)
+        order = torch.Generator().manual_seed(self._task.data.seed)
+        for step in range(steps):
+            k = int(torch.randint(len(data), (), generator=order))
+            batch = data.batch(k)
+            inputs, entry = flat_inputs(self._task.program, batch, data.place(k)), self._interpreter.entry
+            self._draw = None
+            reference = named_results(entry, self._interpreter(inputs).results)
+            self._draw = draw
+            results = named_results(entry, self._interpreter(inputs, gradients=True).results)
+            parts = self._metric.parts(results, batch, reference)
+            loss = parts.sums.sum() / parts.weights.sum()
             if not torch.isfinite(loss):
                 raise UsageError("the gates cannot be trained: the divergence is not finite", hint="method=search")
-            scale = max(float(loss.detach()), 1e-3)
-            (gradient,) = torch.autograd.grad(loss + penalty * scale * excess, [self._raw])
-            self._raw.grad = gradient
+            (raw.grad,) = torch.autograd.grad(loss, [raw])
             optimizer.step()
-            if float(excess.detach()) > 0.5 / len(task.layers) and (step + 1) % max(1, task.steps // 10) == 0:
-                penalty *= _GROWTH
-            told(step + 1, task.steps)
-        with torch.no_grad():
-            return tuple(self._gates().tolist())
-
-    def _losses(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The divergence on a batch, per position, and how far the mean gate of the classes is from what is kept."""
-        data = self._task.data.data
-        batch = data.batch(k)
-        inputs = flat_inputs(self._task.program, batch, data.place(k))
-        entry = self._interpreter.entry
-        self._open = True
-        reference = named_results(entry, self._interpreter(inputs).results)
-        self._open, self._values = False, self._gates()
-        results = named_results(entry, self._interpreter(inputs, gradients=True).results)
-        parts = self._metric.parts(results, batch, reference)
-        excess = [
-            (self._values[list(one.units)].mean() - (1 - one.budget / len(one.units))).abs()
-            for one in self._task.space.classes
-        ]
-        return parts.sums.sum() / parts.weights.sum(), torch.stack(excess).sum()
+            told(step + 1, steps)
 
 
-def _factors(task: DropTask, state: State, gates: tuple[float, ...]) -> dict[int, float]:
-    """The gates of single branches that stay, which can be folded; those of whole blocks cannot."""
-    free = [unit for one in task.space.classes for unit in one.units]
-    return {k: gates[k] for k in free if not state[k] and task.layers[k].block is None}
+def _decided(task: DropTask, model: _Model) -> tuple[float, ...]:
+    """The chance of each layer to be open; 1 for those that may not go."""
+    raw = torch.zeros(len(task.layers), requires_grad=True)
+    classes = [(list(one.units), 1 - one.budget / len(one.units)) for one in task.space.classes]
+    free = {unit for units, _ in classes for unit in units}
+    noise = torch.Generator().manual_seed(task.data.seed)
+
+    def logits() -> torch.Tensor:
+        found = torch.full_like(raw, math.inf)
+        for units, kept in classes:
+            found = found.index_put((torch.tensor(units),), _shifted(raw[units], kept))
+        return found
+
+    def draw(k: int, rows: int) -> torch.Tensor:
+        if k not in free:
+            return torch.ones(1)
+        drawn = torch.rand(rows, generator=noise).clamp(_EDGE, 1 - _EDGE).logit()
+        soft = torch.sigmoid((drawn + logits()[k]) / _HEAT)
+        return (soft * (1 + 2 * _MARGIN) - _MARGIN).clamp(0, 1)
+
+    model.train(raw, draw, _RATE, task.steps, "training gates")
+    with torch.no_grad():
+        return tuple(torch.sigmoid(logits() + _OPEN).tolist())
+
+
+def _shifted(raw: torch.Tensor, kept: float) -> torch.Tensor:
+    """Logits that differ as these do, by which the mean chance to be open is `kept`."""
+    with torch.no_grad():
+        low, high = -raw.max() - 60, -raw.min() + 60
+        for _ in range(60):
+            middle = (low + high) / 2
+            below = torch.sigmoid(raw + middle + _OPEN).mean() < kept
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        chance = torch.sigmoid(raw + low + _OPEN)
+        slope = (chance * (1 - chance)).clamp(min=1e-12)
+    # The shift is a function of the logits, too: its derivative is the mean weighted by slopes, with a minus.
+    mean = (slope * raw).sum() / slope.sum()
+    return raw + low - (mean - mean.detach())
+
+
+def _factors(task: DropTask, model: _Model, state: State) -> dict[int, float]:
+    """Factors of the single branches that stay, which can be folded, if by them the model loses less; those of whole
+    blocks cannot be."""
+    kept = [k for k, layer in enumerate(task.layers) if layer.block is None and not state[k]]
+    if not kept:
+        return {}
+    raw = torch.ones(len(task.layers), requires_grad=True)
+    closed = torch.tensor([bool(level) for level in state])
+    model.train(raw, lambda k, rows: torch.where(closed, 0.0, raw)[k], _FACTOR_RATE, task.steps // 4, "folding gates")
+    factors = {k: float(raw[k].detach()) for k in kept}
+    return factors if task.loses(state, factors) < task.loses(state) else {}

@@ -3,13 +3,13 @@ them are judged."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from laconic.ir.depth import Block, Depth, Unit
 from laconic.ir.errors import UsageError
-from laconic.ir.score import Candidate, Gate, Scorer, passed_by
+from laconic.ir.score import Gate, Scorer, Setting, passed_by, scaled_by
 from laconic.ir.types import nbytes
 from laconic.passes.allocate import Class, Space, State, going
 from laconic.passes.deciding import ENTRY, Task
@@ -35,11 +35,13 @@ class Layer:
 
 @dataclass(frozen=True)
 class DropTask(Task):
-    """Layers, and which states (1: dropped) are legal. `steps` are those of training."""
+    """Layers, and which states (1: dropped) are legal. `steps` are those of training; `repair`: whether a short
+    search mends what it leads to."""
 
     layers: tuple[Layer, ...]
     legal: Space
     steps: int
+    repair: bool = True
 
     @property
     def space(self) -> Space:
@@ -49,12 +51,17 @@ class DropTask(Task):
     def scorer(self) -> Scorer:
         return self.data.scorer(self.program, [layer.gate for layer in self.layers])
 
-    def candidate(self, state: State) -> Candidate:
+    def candidate(self, state: State) -> dict[str, Setting]:
         """What the gates do in a state."""
         return {layer.name: passed_by for layer, level in zip(self.layers, state, strict=True) if level}
 
     def fitness(self, state: State, batches: Sequence[int]) -> float:
         return self.scorer(self.candidate(state), batches)
+
+    def loses(self, state: State, factors: Mapping[int, float] | None = None) -> float:
+        """What a state loses where layers that stay scale what they add."""
+        scaled = {self.layers[k].name: scaled_by(factor) for k, factor in (factors or {}).items()}
+        return self.scorer(self.candidate(state) | scaled, self.judged)
 
 
 @dataclass(frozen=True)

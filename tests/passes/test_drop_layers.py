@@ -25,6 +25,7 @@ from laconic.ir.outcomes import Outcomes
 from laconic.ir.program import Kind, Program
 from laconic.ir.types import nbytes
 from laconic.passes.drop_layers import DropLayers
+from laconic.passes.drop_layers.gates import train_gates
 from laconic.passes.drop_layers.influence import influence
 from laconic.passes.drop_layers.task import DropTask, blocks_of, branches_of, space_of
 from laconic.passes.manager import PassManager
@@ -106,7 +107,7 @@ def test_level_0_is_the_same_program(program: Program) -> None:
 
 @pytest.mark.parametrize("method", ["influence", "search", "exhaustive", "greedy", "gates"])
 def test_planted_blocks_go_and_no_bit_changes(method: str, planted: Program) -> None:
-    item = DropLayers(keep=0.6, method=method, steps=60)
+    item = DropLayers(keep=0.6, method=method, steps=60, repair=False)
     plan = item.plan(planted, DECIDED)
     assert [a["layer"] for a in plan.actions] == ["block 1", "block 3"]
     after = item.apply(planted, plan).program
@@ -126,7 +127,7 @@ def test_planted_branches_go(method: str) -> None:
     with torch.no_grad():
         module.model.layers[0].self_attn.o_proj.weight.zero_()
         module.model.layers[3].mlp.down_proj.weight.zero_()
-    item = DropLayers(keep=0.8, method=method, unit="branch", steps=60)
+    item = DropLayers(keep=0.8, method=method, unit="branch", steps=60, repair=False)
     assert dropped(item, captured(module)) == ["attention 0", "mlp 7"]
 
 
@@ -223,7 +224,7 @@ def test_what_is_rewritten_is_what_was_judged(program: Program) -> None:
 
 
 def test_gates_of_branches_that_stay_are_folded(program: Program) -> None:
-    item = DropLayers(keep=0.6, method="gates", unit="branch", steps=12)
+    item = DropLayers(keep=0.6, method="gates", unit="branch", steps=40)
     plan = item.plan(program, DECIDED)
     scaled = [a for a in plan.actions if a["rule"] == "scale branch"]
     assert len(scaled) == 6
@@ -233,7 +234,7 @@ def test_gates_of_branches_that_stay_are_folded(program: Program) -> None:
         k, kind = int(action["layer"].split()[1]) // 2, action["layer"].split()[0]
         row = f"model.layers.{k}." + ("self_attn.o_proj.weight" if kind == "attention" else "mlp.down_proj.weight")
         factor = action["factor"] if action["rule"] == "scale branch" else 0.0
-        assert 0 <= factor <= 1
+        assert factor == 0 or 0.8 < factor < 1.2
         if factor:
             assert action["rows"] == [row]
         wanted.weights[row].value.detach().mul_(factor)
@@ -243,8 +244,9 @@ def test_gates_of_branches_that_stay_are_folded(program: Program) -> None:
 
 
 def test_gates_become_closed_or_open_and_keep_to_the_budget(planted: Program) -> None:
-    plan = DropLayers(keep=0.6, method="gates", steps=100).plan(planted, DECIDED)
-    assert all(action["score"] < 0.05 for action in plan.actions)
+    chances = train_gates(task(planted)).scores
+    assert sum(chances) == pytest.approx(3.0, abs=1e-3)  # of five blocks
+    assert all(chance < 0.1 or chance > 0.9 for chance in chances)
     first = DropLayers(keep=0.6, method="gates", steps=5).plan(planted, DECIDED)
     again = DropLayers(keep=0.6, method="gates", steps=5).plan(planted, DECIDED)
     assert first == again
