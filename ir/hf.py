@@ -7,6 +7,7 @@ make up is an error.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib.util
 import json
@@ -59,15 +60,8 @@ def load_model(path: Path) -> Any:
     """
     path = Path(path)
     _refuse_no_folder(path)
-    data = read_json(path / "config.json", "a Hugging Face folder has one")
-    if importlib.util.find_spec("transformers") is None:
-        raise MissingDependencyError(
-            "transformers is not installed",
-            why=f"{path} is a Hugging Face folder",
-            hint='pip install "laconic-compiler[hf]"',
-        )
+    class_, config = read_architecture(path)
     with _quiet():
-        class_, config = _architecture(path, data)
         tensors = read_tensors(path)
         dtype = common_dtype(path, tensors)
         try:
@@ -86,6 +80,27 @@ def load_model(path: Path) -> Any:
     if info["unexpected_keys"]:
         unused = listed(sorted(info["unexpected_keys"]), ", ")
         log.warning("%s: %s does not use these tensors: %s", path, class_.__name__, unused)
+    return model
+
+
+def read_architecture(path: Path) -> tuple[Any, Any]:
+    """The class and the configuration of a folder's model, by its `config.json` alone; raises as `load_model` does."""
+    data = read_json(path / "config.json", "a Hugging Face folder has one")
+    if importlib.util.find_spec("transformers") is None:
+        raise MissingDependencyError(
+            "transformers is not installed",
+            why=f"{path} is a Hugging Face folder",
+            hint='pip install "laconic-compiler[hf]"',
+        )
+    with _quiet():
+        return _architecture(path, data)
+
+
+def on_meta(class_: Any, config: Any) -> nn.Module:
+    """The model of a class and a configuration, its weights tied, without memory for them."""
+    with _quiet(), torch.device("meta"):
+        model: nn.Module = class_(copy.deepcopy(config)).eval()
+        model.tie_weights()  # type: ignore[operator]
     return model
 
 

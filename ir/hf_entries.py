@@ -15,6 +15,7 @@ from laconic.ir.entries import combine
 from laconic.ir.errors import UnsupportedError, UsageError
 from laconic.ir.hf_agreement import refuse_disagreement
 from laconic.ir.hf_causal import capture_causal
+from laconic.ir.hf_config import FACT, noted
 from laconic.ir.hf_seq2seq import capture_both
 from laconic.ir.hf_static import not_cached
 from laconic.ir.hf_towers import capture_towers, image_token
@@ -44,10 +45,13 @@ def with_entries(
     model: nn.Module, program: Program, *, cache: tuple[int, int] | None = None, towers: bool = False
 ) -> Program:
     """The Program `program` of a model with the entries that are asked for: those that generate, with a cache of so
-    many sequences and tokens, or those of its two sides.
+    many sequences and tokens, or those of its two sides. A model of transformers leaves its configuration in it.
 
     Raises UsageError if both are, and what `capture_cached` and `capture_pair` raise.
     """
+    said = noted(model)
+    if said is not None:
+        program.facts[FACT] = said
     if cache is not None and towers:
         raise UsageError("either a cache or towers", why="with a cache, a model that sees has the entry 'vision' too")
     if cache is not None:

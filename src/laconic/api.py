@@ -60,7 +60,7 @@ class Result:
         progress: Callable[[str], None] = lambda stage: None,
     ) -> Path:
         """Write a DIR that `laconic.load` reads: verified after writing, placed whole, never over another without
-        `force`. `formats` adds exports beside it: "onnx", "pt2".
+        `force`. `formats` adds exports beside it: "hf", "onnx", "pt2".
 
         Raises VerificationError if a weight was written into since the passes ran: what was verified is no more.
         """

@@ -5,7 +5,7 @@
                                          whether it was verified
     plans/N.json (+ N.safetensors)       what each pass decided
     ledger.json                          what each pass did and cost
-    exports                              model.onnx, model.pt2 where asked for
+    exports                              model.onnx, model.pt2, hf/ where asked for
 
 Written beside its place, read back and compared bit for bit, then moved there in one step.
 """
@@ -85,7 +85,7 @@ def save(
         progress("reading it back")
         _compare(program, read_back(temporary, program))
         for name in dict.fromkeys(formats):
-            EXPORTS[name](program, temporary, progress)
+            EXPORTS[name](program, temporary, folder_of(ledger.model), progress)
         _write_recipe(ledger, seed, temporary)
         progress("moving it into place")
         refuse_foreign(final)
@@ -246,7 +246,26 @@ def _compare(program: Program, reread: Program) -> None:
         ) from problem
 
 
-def _export_onnx(program: Program, folder: Path, progress: Progress) -> None:
+def folder_of(model: str) -> Path | None:
+    """The folder of a model that is named so, where its tokenizer may stand, if it has one and it is still there; a DIR
+    remembers that of the model it was made of."""
+    if model.startswith("zoo:"):
+        from laconic.models import zoo
+
+        return zoo.folder(model.removeprefix("zoo:"))
+    path = Path(model)
+    if not model or not path.is_dir():
+        return None
+    return folder_of(str(read_recipe(path).get("model", ""))) if (path / RECIPE).is_file() else path
+
+
+def _export_hf(program: Program, folder: Path, source: Path | None, progress: Progress) -> None:
+    from laconic.codegen.hf import write_hf
+
+    write_hf(program, folder / "hf", beside=source, progress=progress)
+
+
+def _export_onnx(program: Program, folder: Path, source: Path | None, progress: Progress) -> None:
     from laconic.codegen.onnx import write_onnx
     from laconic.codegen.onnx.entries import write_past
 
@@ -255,15 +274,19 @@ def _export_onnx(program: Program, folder: Path, progress: Progress) -> None:
         write_past(program, folder / "model.onnx", progress=progress)
 
 
-def _export_pt2(program: Program, folder: Path, progress: Progress) -> None:
+def _export_pt2(program: Program, folder: Path, source: Path | None, progress: Progress) -> None:
     from laconic.codegen.pt2 import write_pt2
 
     progress("writing model.pt2")
     write_pt2(program, folder / "model.pt2")
 
 
-#: What writes each of `FORMATS` beside the program.
-EXPORTS: dict[str, Callable[[Program, Path, Progress], None]] = {"onnx": _export_onnx, "pt2": _export_pt2}
+#: What writes each of `FORMATS` beside the program, with what stands in the folder of the model.
+EXPORTS: dict[str, Callable[[Program, Path, Path | None, Progress], None]] = {
+    "hf": _export_hf,
+    "onnx": _export_onnx,
+    "pt2": _export_pt2,
+}
 
 
 def _hash(path: Path) -> str:

@@ -1,3 +1,3 @@
 """The exports that can be written beside a program in a saved DIR. Known here, so that naming one needs no torch."""
 
-FORMATS = ("onnx", "pt2")
+FORMATS = ("hf", "onnx", "pt2")

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 from torch.export import Dim
 
-from laconic.artefact import LEDGER, RECIPE, load_program, read_recipe
+from laconic.artefact import LEDGER, RECIPE, folder_of, load_program
 from laconic.ir.capture import capture_module
 from laconic.ir.errors import FixedAxisError, LaconicError, UnsupportedError, UsageError
 from laconic.ir.hf import load_folder
@@ -168,23 +168,11 @@ def opened(
             raise UsageError(
                 f"{model} is captured already", hint="give a cache, or towers, where the model itself is captured"
             )
-        return found, _folder_of(Path(model))
+        return found, folder_of(model)
     program = capture_source(found, progress)
     if cache is not None or towers:
         progress("tracing more entries")
     return with_entries(found.module, program, cache=cache, towers=towers), found.folder
-
-
-def _folder_of(path: Path) -> Path | None:
-    """The folder of the model that a DIR was made of, if it is still there."""
-    if not (path / RECIPE).is_file():
-        return None
-    named = str(read_recipe(path).get("model", ""))
-    if named.startswith("zoo:"):
-        from laconic.models import zoo
-
-        return zoo.folder(named.removeprefix("zoo:"))
-    return Path(named) if Path(named).is_dir() else None
 
 
 def call_named(said: str) -> Any:

@@ -46,7 +46,7 @@ def optimize(
     pipeline: Pipeline = "exact",
     formats: Annotated[
         list[str] | None,
-        typer.Option("--format", metavar="F", help="Also write this export into DIR: onnx, pt2 (repeatable)."),
+        typer.Option("--format", metavar="F", help="Also write this export into DIR: hf, onnx, pt2 (repeatable)."),
     ] = None,
     data: Annotated[
         str | None, typer.Option("--data", metavar="D", help="Data to measure each pass on: zoo:NAME[:SPLIT], a file.")
