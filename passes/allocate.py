@@ -159,6 +159,14 @@ class Evolution:
     stages: tuple[Stage, ...] = (Stage(2, 1), Stage(1, 16))
     mutations: int = 3
 
+    def judgements(self, starts: int = 0) -> int:
+        """How many judgements of a batch it takes at most, from so many states beside those that are drawn."""
+        each = 0
+        for children in (self.initial + starts, *[self.offspring] * self.generations):
+            for sieve, before in zip(self.stages, (None, *self.stages), strict=False):
+                each += (before.survivors + 1 if before else children) * sieve.batches
+        return each
+
 
 def _real(value: float) -> float:
     """A fitness that can be compared: what is no number is worse than all."""
@@ -236,21 +244,23 @@ def _offspring(space: Space, parent: State, settings: Evolution, draw: random.Ra
     return list(found)
 
 
-def exhaustive(space: Space, fitness: Fitness, batches: int, *, progress: Progress = lambda done, total: None) -> Found:
-    """The best of all legal states."""
+def exhaustive(
+    space: Space, fitness: Fitness, batches: Sequence[int], *, progress: Progress = lambda done, total: None
+) -> Found:
+    """The best of all legal states, on these batches."""
     total, best = space.size(), None
     for k, state in enumerate(space.states()):
-        value = _real(fitness(state, range(batches)))
+        value = _real(fitness(state, batches))
         best = min(best or (value, k, state), (value, k, state))
         progress(k + 1, total)
     assert best is not None
-    return Found(best[2], best[0], total * batches)
+    return Found(best[2], best[0], total * len(batches))
 
 
-def greedy(space: Space, fitness: Fitness, batches: int) -> Found:
-    """Level by level, each on the unit where it hurts least then."""
+def greedy(space: Space, fitness: Fitness, batches: Sequence[int]) -> Found:
+    """Level by level, each on the unit where it hurts least then, on these batches."""
     state = tuple([0] * space.count)
-    value, judged = _real(fitness(state, range(batches))), batches
+    value, judged = _real(fitness(state, batches)), len(batches)
     left = {k: one.budget for k, one in enumerate(space.classes)}
     while any(left.values()):
         rated = []
@@ -258,8 +268,8 @@ def greedy(space: Space, fitness: Fitness, batches: int) -> Found:
             for unit in one.units if left[k] else ():
                 if state[unit] < one.top:
                     raised = (*state[:unit], state[unit] + 1, *state[unit + 1 :])
-                    rated.append((_real(fitness(raised, range(batches))), unit, k, raised))
-        judged += len(rated) * batches
+                    rated.append((_real(fitness(raised, batches)), unit, k, raised))
+        judged += len(rated) * len(batches)
         value, _, chosen, state = min(rated)
         left[chosen] -= 1
     return Found(state, value, judged)

@@ -87,24 +87,33 @@ class Task(ABC):
         return tuple(levels)
 
     @property
-    def judged(self) -> range:
-        """The batches that whole states are judged on where not all of them take part."""
-        return range(self.batches(_FINAL))
+    def judged(self) -> list[int]:
+        """The batches that whole states are judged on where not all of them take part, spread over the data."""
+        total, count = len(self.scorer.tokens), self.batches(_FINAL)
+        return [k * total // count for k in range(count)]
 
     def searched(self, what: str, start: Sequence[State] = ()) -> State:
-        """The state that evolution finds. Sieberling et al. 2024, "EvoPress", arXiv:2410.14649."""
+        """The state that evolution finds; the best of all where trying all takes less.
+
+        Sieberling et al. 2024, "EvoPress", arXiv:2410.14649.
+        """
         free = [(one.budget, len(one.units)) for one in self.space.classes]
         generations = self.generations or max(1, round(sum(k * (n - k) for k, n in free) / 1.5))
-        return self._evolved(what, start, Evolution(generations))
+        settings = self._staged(Evolution(generations))
+        if self.space.size() * len(self.judged) <= settings.judgements(len(start)):
+            return self.best(what)
+        return self._evolved(what, start, settings)
 
     def mended(self, what: str, state: State) -> State:
         """What a few generations make of a state."""
         generations = self.generations or max(2, round(sum(len(one.units) for one in self.space.classes) / 4))
-        return self._evolved(what, [state], Evolution(generations, initial=0))
+        return self._evolved(what, [state], self._staged(Evolution(generations, initial=0)))
+
+    def _staged(self, settings: Evolution) -> Evolution:
+        return replace(settings, stages=(Stage(2, self.batches(_SIEVE)), Stage(1, len(self.judged))))
 
     def _evolved(self, what: str, start: Sequence[State], settings: Evolution) -> State:
-        stages = (Stage(2, self.batches(_SIEVE)), Stage(1, len(self.judged)))
-        settings, count, seed = replace(settings, stages=stages), len(self.scorer.tokens), self.data.seed
+        count, seed = len(self.scorer.tokens), self.data.seed
         told = self.progress(what)
         return evolve(self.space, self.fitness, count, settings, seed=seed, start=start, progress=told).state
 
@@ -112,11 +121,11 @@ class Task(ABC):
         """The best of all states. Raises UsageError if there are too many."""
         if self.space.size() > _MOST:
             raise UsageError(f"there are {self.space.size()} states to try", hint="method=search")
-        return exhaustive(self.space, self.fitness, len(self.judged), progress=self.progress(what)).state
+        return exhaustive(self.space, self.fitness, self.judged, progress=self.progress(what)).state
 
     def descended(self) -> State:
         """Unit by unit, each time the one that hurts least."""
-        return greedy(self.space, self.fitness, len(self.judged)).state
+        return greedy(self.space, self.fitness, self.judged).state
 
     def drawn(self) -> State:
         """A state at random, by the seed."""

@@ -5,7 +5,8 @@
 
 `keep` is the share of blocks that keep their weights. `method` decides which blocks read whose:
 
-- `search` (the default): evolution by the divergence of the model's predictions, each block reading the nearest donor;
+- `search` (the default): evolution by the divergence of the model's predictions, each block reading the nearest donor,
+  or one within four blocks by which less is lost;
 - `fixed`: consecutive groups of one size; `crash`: clusters of alike outputs; `functional`: each replacement by itself;
 - `exhaustive`, `random`: what these are measured against.
 

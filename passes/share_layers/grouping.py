@@ -13,12 +13,12 @@ from laconic.ir.errors import UsageError
 from laconic.ir.interpret import Interpreter, Tap
 from laconic.ir.statistics.rows import Masks, shape_of
 from laconic.passes.deciding import ENTRY
-from laconic.passes.share_layers.task import Peers, ShareTask, Sharing
+from laconic.passes.share_layers.task import REACH, Peers, ShareTask, Sharing
 
 #: Samples that hidden states are compared on, and tokens that single replacements are judged on.
 _SAMPLES, _TOKENS = 512, 8192
-#: How far a replacement may come from, and sets of donors beyond which they are not all tried.
-_REACH, _MOST = 4, 20_000
+#: Sets of donors beyond which they are not all tried.
+_MOST = 20_000
 
 
 def fixed(task: ShareTask) -> Sharing:
@@ -45,18 +45,19 @@ def _near(peers: Peers) -> float:
 
 
 def search(task: ShareTask) -> Sharing:
-    """The blocks that keep their weights by evolution, each other one reading the nearest's."""
+    """The blocks that keep their weights by evolution, each other one reading the nearest's; then each the one's by
+    which the model loses least."""
     even = [0] * len(task.blocks)
     for peers in task.peers:
         places = {math.floor((k + 0.5) * len(peers.blocks) / peers.donors) for k in range(peers.donors)}
         for k, block in enumerate(peers.blocks):
             even[block] = int(k not in places)
-    return task.nearest(task.searched("searching for blocks that may share", [tuple(even)]))
+    return task.settled(task.nearest(task.searched("searching for blocks that may share", [tuple(even)])))
 
 
 def exhaust(task: ShareTask) -> Sharing:
-    """The best blocks to keep their weights, each other one reading the nearest's."""
-    return task.nearest(task.best("trying what may be shared"))
+    """The best blocks to keep their weights, each other one reading the nearest's; then as `search`."""
+    return task.settled(task.nearest(task.best("trying what may be shared")))
 
 
 def draw(task: ShareTask) -> Sharing:
@@ -69,7 +70,7 @@ def functional(task: ShareTask) -> Sharing:
     is judged by itself, and the donors chosen by which the sum is least."""
     batches = range(task.batches(_TOKENS))
     found = list(range(len(task.blocks)))
-    pairs = [(i, j) for p in task.peers for i in p.blocks for j in p.blocks if 0 < abs(i - j) <= _REACH]
+    pairs = [(i, j) for p in task.peers for i in p.blocks for j in p.blocks if 0 < abs(i - j) <= REACH]
     told = task.progress("judging replacements")
     loss: dict[tuple[int, int], float] = {}
     for k, (i, j) in enumerate(pairs):
@@ -99,7 +100,7 @@ def _assigned(peers: Peers, loss: dict[tuple[int, int], float]) -> list[int]:
             chosen = min((tuple(d for d in chosen if d != gone) for gone in chosen), key=total)
     if math.isinf(total(chosen)):
         raise UsageError(
-            f"{peers.donors} of {len(peers.blocks)} blocks do not reach all others within {_REACH}", hint="keep more"
+            f"{peers.donors} of {len(peers.blocks)} blocks do not reach all others within {REACH}", hint="keep more"
         )
     return [min(chosen, key=lambda donor: (cost(block, donor), donor)) for block in peers.blocks]
 

@@ -14,6 +14,9 @@ from laconic.ir.score import Candidate, Gate, Scorer, Setting, replaced_by
 from laconic.passes.allocate import Class, Space, State, going
 from laconic.passes.deciding import ENTRY, Task, is_matrix
 
+#: How far away a block may look for a donor.
+REACH = 4
+
 #: For each block the one whose weights it reads: itself, or its donor.
 Sharing = tuple[int, ...]
 
@@ -74,6 +77,20 @@ class ShareTask(Task):
             for row, other in self.shared(block, donor).items() if block != donor else ():
                 found[row] = replaced_by(donated.get(other, self.program.weights[other].value.detach()))
         return found
+
+    def settled(self, sharing: Sharing) -> Sharing:
+        """Each block that shares, one after the other, with the donor within reach by which the model loses least."""
+        found, judged = list(sharing), self.judged
+        least = self.scorer(self.candidate(sharing), judged)
+        for peers in self.peers:
+            donors = [k for k in peers.blocks if sharing[k] == k]
+            for k in (k for k in peers.blocks if sharing[k] != k):
+                for donor in (d for d in donors if 0 < abs(d - k) <= REACH and d != sharing[k]):
+                    tried = tuple(donor if block == k else own for block, own in enumerate(found))
+                    value = self.scorer(self.candidate(tried), judged)
+                    if value < least:
+                        least, found = value, list(tried)
+        return tuple(found)
 
     def fitness(self, state: State, batches: Sequence[int]) -> float:
         return self.scorer(self.candidate(self.nearest(state)), batches)

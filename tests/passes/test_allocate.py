@@ -70,19 +70,19 @@ def fitness(damage: dict[int, float], noise: float = 0.0) -> Fitness:
 def test_evolution_finds_what_brute_force_finds(seed: int) -> None:
     space, damage = Space(10, (Class(tuple(range(10)), 4),)), rugged(seed, 10)
     judge = fitness(damage)
-    best = exhaustive(space, judge, 1)
+    best = exhaustive(space, judge, range(1))
     found = evolve(space, judge, 1, Evolution(16, stages=(Stage(2, 1), Stage(1, 1))), seed=seed)
     assert best.fitness == min(judge(state, [0]) for state in space.states())
     assert found.state == best.state
-    assert space.legal(greedy(space, judge, 1).state)
+    assert space.legal(greedy(space, judge, range(1)).state)
 
 
 def test_errors_that_do_not_add_up_mislead_greed_but_not_evolution() -> None:
     misled = 0
     for seed in range(8):
         space, judge = Space(10, (Class(tuple(range(10)), 4),)), fitness(rugged(seed, 10))
-        best = exhaustive(space, judge, 1)
-        misled += greedy(space, judge, 1).fitness > best.fitness
+        best = exhaustive(space, judge, range(1))
+        misled += greedy(space, judge, range(1)).fitness > best.fitness
     assert misled >= 2
 
 
@@ -121,8 +121,8 @@ def test_what_is_no_number_is_worst() -> None:
         return math.nan if state[0] else float(state[2] + 2 * state[3])
 
     assert evolve(space, judge, 2, Evolution(3)).state == (0, 1, 0, 0)
-    assert exhaustive(space, judge, 2).state == (0, 1, 0, 0)
-    assert greedy(space, judge, 2).state == (0, 1, 0, 0)
+    assert exhaustive(space, judge, range(2)).state == (0, 1, 0, 0)
+    assert greedy(space, judge, range(2)).state == (0, 1, 0, 0)
 
 
 def test_a_good_start_is_taken() -> None:
