@@ -267,6 +267,25 @@ def _spread(values: list[float]) -> str:
     return f"{median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
+def share_hash() -> str:
+    data = result("share_hash")
+    rates = sorted({row["rate"] for row in data["rows"]})
+    lines = [
+        f"| numbers in matrices | {' | '.join(f'rate {rate}' for rate in rates)} |",
+        f"|---|{'---|' * len(rates)}",
+    ]
+    for form in dict.fromkeys(row["form"] for row in data["rows"]):
+        cells, numbers = [], 0
+        for rate in rates:
+            own = [row for row in data["rows"] if (row["form"], row["rate"]) == (form, rate)]
+            numbers, failed = own[0]["numbers"], sum(row["diverged"] for row in own)
+            cells.append(f"{failed} of {len(own)} diverge" if failed else f"{median(row['top1'] for row in own):.3f}")
+        lines.append(f"| {form}: {numbers:,} | {' | '.join(cells)} |")
+    return "\n".join(
+        [*lines, "", f"Top-1 of 8 x 8 digits, test split, median of five seeds, SGD with momentum. {_where(data)}"]
+    )
+
+
 def zoo() -> str:
     lines = [
         "| model | weights | measured on the test split | against | better by |",
@@ -316,6 +335,7 @@ TABLES = {
     "training": training,
     "axes": axes,
     "layers": layers,
+    "share_hash": share_hash,
     "zoo": zoo,
 }
 

@@ -85,6 +85,16 @@ def test_axes() -> None:
             assert times[what]["seconds"] < 2 + 0.002 * times[what]["nodes_touched"]
 
 
+def test_share_hash() -> None:
+    """At three rates all runs with the scaling learn, and none of ROAST's do."""
+    rows = result("share_hash")["rows"]
+    for rate in (0.1, 0.2, 0.4):
+        ours, roast = ([r for r in rows if (r["form"], r["rate"]) == (form, rate)] for form in ("share-hash", "ROAST"))
+        assert len(ours) == len(roast) == 5
+        assert all(row["top1"] > 0.95 for row in ours)
+        assert all(row["diverged"] for row in roast)
+
+
 def test_layers() -> None:
     """States that are judged as a whole are never worse than layers rated one by one, beyond the interval."""
     found = result("layers")
