@@ -7,8 +7,8 @@ measured on the test split. Each way of sharing holds as many numbers and starts
 hashes tiles of weights to offsets on their own, and does not scale gradients; either of these is also tried alone.
 `narrow` is a plain network of as many weights, `plain` one of all of them.
 
-Five learning rates, up to where the plain model itself fails, and five seeds each, of SGD with momentum. A run diverges when its loss is not finite, or greater at
-its end than that of predicting all digits alike.
+Five learning rates, up to where the plain model itself fails, and five seeds each, of SGD with momentum. A run diverges
+when its loss is not finite, or greater at its end than that of predicting all digits alike.
 """
 
 from __future__ import annotations
