@@ -267,6 +267,31 @@ def _spread(values: list[float]) -> str:
     return f"{median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
+def depth_latency() -> str:
+    data = result("depth_latency")
+    lines = [
+        "| model | blocks | compiled, ms | of the trunk, over k / n | ONNX Runtime, ms | of the trunk, over k / n |",
+        "|---|---|---|---|---|---|",
+    ]
+    places = {(row["model"], row["left"]): row["blocks"] for row in data["rows"]}
+    for (model, left), blocks in places.items():
+        cells = []
+        for kind in ("compiled", "onnxruntime"):
+            keys = ("model", "left", "kind")
+            (row,) = (row for row in data["rows"] if tuple(row[key] for key in keys) == (model, left, kind))
+            over = row.get("over_k_of_n")
+            cells.append(f"{row['milliseconds']['median']:.1f}")
+            cells.append(f"{over['median']:.3f} [{over['low']:.3f}, {over['high']:.3f}]" if over else "")
+        lines.append(f"| {model} | {left} of {blocks} | {' | '.join(cells)} |")
+    inputs = "; ".join(f"{row['model']}: {row['input']}" for row in data["rows"] if row["left"] == 0)
+    inputs = "; ".join(dict.fromkeys(inputs.split("; ")))
+    note = (
+        "By what share of the trunk (all blocks against none) dropping k of n makes a call shorter, over k / n: "
+        f"medians of {data['turns']} turns with 95 % intervals. {inputs}. {_where(data)}"
+    )
+    return "\n".join([*lines, "", note])
+
+
 def share_hash() -> str:
     data = result("share_hash")
     rates = sorted({row["rate"] for row in data["rows"]})
@@ -334,6 +359,7 @@ TABLES = {
     "load_time": load_time,
     "training": training,
     "axes": axes,
+    "depth_latency": depth_latency,
     "layers": layers,
     "share_hash": share_hash,
     "zoo": zoo,

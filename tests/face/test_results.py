@@ -85,6 +85,16 @@ def test_axes() -> None:
             assert times[what]["seconds"] < 2 + 0.002 * times[what]["nodes_touched"]
 
 
+def test_dropped_blocks_take_their_share_of_the_trunk_along() -> None:
+    """Within a tenth, compiled and in ONNX Runtime."""
+    rows = [row for row in result("depth_latency")["rows"] if "over_k_of_n" in row]
+    assert {(row["model"], row["kind"]) for row in rows} == {
+        (model, kind) for model in ("zoo:llama-mha", "zoo:vit") for kind in ("compiled", "onnxruntime")
+    }
+    assert len(rows) == 12
+    assert all(0.9 < row["over_k_of_n"]["median"] < 1.1 for row in rows)
+
+
 def test_share_hash() -> None:
     """At three rates all runs with the scaling learn, and none of ROAST's do."""
     rows = result("share_hash")["rows"]
