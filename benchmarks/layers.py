@@ -64,7 +64,7 @@ def together(model: Model) -> Iterator[tuple[str, int]]:
     """What is compared at equal bytes: single passes and FoldGPT's chain, healed and not; blocks that share for fewer
     donors and corrections."""
     for share in (
-        "drop-layers{keep=0.75,method=gates},share-layers{keep=0.67,method=crash}",
+        "drop-layers{keep=0.75,method=gates},share-layers{keep=0.67,method=functional}",
         "drop-layers{keep=0.75},share-layers{keep=0.67}",
         "drop-layers{keep=0.5,method=influence}",
         "drop-layers{keep=0.5}",
@@ -76,6 +76,8 @@ def together(model: Model) -> Iterator[tuple[str, int]]:
     for keep, fewer in ((0.75, 0.625), (0.5, 0.375)):
         yield f"share-layers{{keep={keep}}}", 0
         yield f"share-layers{{keep={fewer},rank={model.rank(keep, fewer)}}}", 0
+    if model.name == "zoo:vit":  # where trying all 784 states is feasible
+        yield "drop-layers{keep=0.75,unit=branch,method=exhaustive}", 0
 
 
 class Model:

@@ -28,7 +28,7 @@ from laconic.ir.program import Program
 from laconic.ir.score import Candidate, Gate, Gated, passed_by, replaced_by
 from laconic.passes.allocate import going
 from laconic.passes.base import Contract, Needs, Pass, Plan
-from laconic.passes.deciding import ENTRY, is_matrix
+from laconic.passes.deciding import ENTRY, is_matrix, placed
 from laconic.passes.options import check_least, check_share
 
 _SAMPLES = 5
@@ -224,8 +224,7 @@ class _Collapse:
         tensors = {row: value for row, value in model.held.items() if row in kept}
         actions = []
         for block in self._blocks:
-            node = self._depth.branches(block.units[0].stream, block.units[0].place)[ENTRY].add
-            where = {"layer": f"block {block.number}", "entry": ENTRY, "node": node.name, "site": node.meta["site"]}
+            where = placed(self._depth, block)
             rows = sorted(block.rows.intersection(tensors))
             if block not in model.left:
                 actions.append(where | {"rule": "drop block", "place": [block.run, block.number]})

@@ -7,9 +7,12 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx
 
 from laconic.ir.calibration import Calibration
-from laconic.ir.depth import Depth
+from laconic.ir.depth import Block, Depth
 from laconic.ir.errors import UsageError
 from laconic.ir.program import Kind, Program
 from laconic.ir.score import Scorer
@@ -30,6 +33,19 @@ def is_matrix(program: Program, row: str) -> bool:
     """Whether a row is what decisions over weights are about: a floating-point parameter of two axes or more."""
     weight = program.weights[row]
     return weight.kind is Kind.PARAMETER and weight.value.is_floating_point() and weight.value.dim() >= 2
+
+
+def place_of(depth: Depth, block: Block) -> fx.Node:
+    """The first addition of a block in `forward`, which stands for it where one call must."""
+    unit = block.units[0]
+    return depth.branches(unit.stream, unit.place)[ENTRY].add
+
+
+def placed(depth: Depth, block: Block) -> dict[str, Any]:
+    """Where a block stands, as actions of plans say it."""
+    node = place_of(depth, block)
+    name = f"block {block.number}" + (f" of run {block.run}" if block.run else "")
+    return {"layer": name, "entry": ENTRY, "node": node.name, "site": node.meta.get("site", -1)}
 
 
 @dataclass(frozen=True)

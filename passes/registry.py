@@ -35,7 +35,7 @@ PASSES = Registry(
 #: `dedup`, which finds equal ones among the constants it folds, and so a second run finds nothing.
 PRESETS: dict[str, str] = {
     "exact": "simplify,dedup,cse,dce",
-    "fold": "drop-layers{method=gates},share-layers{method=crash},heal",
+    "fold": "drop-layers{method=gates},share-layers{method=functional},heal",
     "laco": "collapse-layers",
     "none": "",
     "shortgpt": "drop-layers{method=influence}",

@@ -15,6 +15,9 @@ import transformers as hf
 from torch import nn
 from torch.export import Dim
 
+from laconic.ir.capture import capture_module
+from laconic.ir.program import Program
+
 Case = tuple[nn.Module, dict[str, Any], dict[str, Any]]
 
 BATCH, SEQUENCE, TARGET = Dim("batch"), Dim("sequence", max=64), Dim("target", max=64)
@@ -186,6 +189,21 @@ EIGHT: dict[str, Callable[[], Case]] = {
     "mamba": mamba,
 }
 BY_TURNS: dict[str, Callable[[], Case]] = {"sparse": sparse_by_turns, "local": local_by_turns}
+
+
+def wide(layers: int, build: Callable[..., Case] = llama, **changes: Any) -> nn.Module:
+    """A module whose weights are drawn so wide that each of its blocks has something to do."""
+    torch.manual_seed(0)
+    module = build(layers, **changes)[0].eval()
+    for weight in module.parameters():
+        nn.init.normal_(weight, std=0.2)
+    return module
+
+
+def captured(module: nn.Module, build: Callable[..., Case] = llama) -> Program:
+    """The Program of a module that `build` made, its axes dynamic."""
+    _, inputs, axes = build(1)
+    return capture_module(module, (), inputs, axes)
 
 
 def make(name: str, table: dict[str, Callable[[], Case]] = ARCHITECTURES) -> Case:

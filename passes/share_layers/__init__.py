@@ -35,6 +35,7 @@ from laconic.ir.rewrite import find
 from laconic.passes.aligning import match
 from laconic.passes.axes import class_action, named
 from laconic.passes.base import Contract, Needs, Pass, Plan
+from laconic.passes.deciding import place_of, placed
 from laconic.passes.low_rank import add_correction
 from laconic.passes.merging import OPERATORS
 from laconic.passes.methods import load_method
@@ -161,7 +162,7 @@ def _shares(task: ShareTask, sharing: Sharing, merged: Mapping[str, torch.Tensor
     for k, donor in enumerate(sharing):
         if k != donor:
             block = task.blocks[k]
-            yield _block_at(task, k) | {
+            yield placed(task.depth, block) | {
                 "rule": _SHARE,
                 "run": block.run,
                 "block": block.number,
@@ -172,13 +173,7 @@ def _shares(task: ShareTask, sharing: Sharing, merged: Mapping[str, torch.Tensor
 
 def _at(task: ShareTask, row: str) -> dict[str, Any]:
     """Where a row of a block belongs."""
-    return _block_at(task, next(k for k, block in enumerate(task.blocks) if row in block.rows))
-
-
-def _block_at(task: ShareTask, k: int) -> dict[str, Any]:
-    unit = task.blocks[k].units[0]
-    node = task.depth.branches(unit.stream, unit.place)["forward"].add
-    return {"layer": f"block {k}", "entry": "forward", "node": node.name, "site": node.meta.get("site", -1)}
+    return placed(task.depth, next(block for block in task.blocks if row in block.rows))
 
 
 def _alignments(task: ShareTask, sharing: Sharing) -> Iterator[dict[str, Any]]:
@@ -188,9 +183,9 @@ def _alignments(task: ShareTask, sharing: Sharing) -> Iterator[dict[str, Any]]:
         if k != donor:
             pairs = task.depth.pairs(task.blocks[k], task.blocks[donor])
             own = {row: other for row, other in pairs.items() if row in task.blocks[k].rows and row in axes.rows}
-            node = task.depth.branches(task.blocks[k].units[0].stream, task.blocks[k].units[0].place)["forward"].add
+            node = place_of(task.depth, task.blocks[k])
             for factor, order in match(axes, task.blocks[k].rows, own).orders.items():
-                yield class_action(axes, factor, order, _ALIGN, node) | {"layer": f"block {k}"}
+                yield class_action(axes, factor, order, _ALIGN, node) | placed(task.depth, task.blocks[k])
 
 
 def _aligned(program: Program, actions: Sequence[Mapping[str, Any]]) -> Program:

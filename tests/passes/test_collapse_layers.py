@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import laconic
-from architectures import llama
+from architectures import captured, wide
 from helpers import bits
 from laconic.ir.calibration import Calibration
-from laconic.ir.capture import capture_module
 from laconic.ir.depth import Depth
 from laconic.ir.errors import PipelineError, UsageError, VerificationError
 from laconic.ir.inputs import cases
@@ -28,26 +27,19 @@ DATA = Ragged((9, 14, 6, 11, 12, 7), rows=3)
 DECIDED = Calibration(DATA)
 
 
-def made(layers: int = 6, silent: tuple[int, ...] = ()) -> nn.Module:
-    torch.manual_seed(0)
-    module = llama(layers)[0].eval()
-    for weight in module.parameters():
-        nn.init.normal_(weight, std=0.2)
+def silenced(layers: int, *blocks: int) -> nn.Module:
+    """A module of whose blocks these are all zeros."""
+    module = wide(layers)
     with torch.no_grad():
-        for k in silent:
+        for k in blocks:
             for weight in module.model.layers[k].parameters():
                 weight.zero_()
     return module
 
 
-def captured(module: nn.Module) -> Program:
-    _, inputs, axes = llama(1)
-    return capture_module(module, (), inputs, axes)
-
-
 @pytest.fixture(scope="module")
 def module() -> nn.Module:
-    return made()
+    return wide(6)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +80,7 @@ def test_what_it_does_is_what_the_formula_says(mode: Any, module: nn.Module, pro
 def test_what_adds_nothing_is_found_by_its_likeness() -> None:
     """Blocks of zeros: putting one into another (replace) would lose it, adding (rdsc) loses it too; at a threshold
     near one only what is beside them may go."""
-    planted = captured(made(silent=(3, 4)))
+    planted = captured(silenced(6, 3, 4))
     item = CollapseLayers(keep=0.8, mode="replace", size=2, threshold=0.9999)
     plan = item.plan(planted, DECIDED)
     assert gone(plan) == ["block 4"]
@@ -149,4 +141,4 @@ def test_bad_input(program: Program) -> None:
     with pytest.raises(VerificationError, match="6 of 6 blocks of run 0 cannot go"):
         laconic.optimize(program, "collapse-layers{keep=0.05}", calibration=DATA)
     with pytest.raises(VerificationError, match="no blocks that recur"):
-        laconic.optimize(captured(made(1)), "collapse-layers", calibration=DATA)
+        laconic.optimize(captured(wide(1)), "collapse-layers", calibration=DATA)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import laconic
-from architectures import bert, gpt2, llama, vit
+from architectures import bert, captured, gpt2, llama, vit, wide
 from helpers import apart, bits
 from laconic.ir.calibration import Calibration
 from laconic.ir.capture import capture_module
@@ -36,26 +36,19 @@ DATA = Ragged((9, 14, 6, 11, 12, 7), rows=2)
 DECIDED = Calibration(DATA)
 
 
-def made(layers: int = 5, build: Any = llama, silent: tuple[int, ...] = (), **changes: Any) -> nn.Module:
-    torch.manual_seed(0)
-    module = build(layers, **changes)[0].eval()
-    for weight in module.parameters():
-        nn.init.normal_(weight, std=0.2)
+def silenced(layers: int, *blocks: int) -> nn.Module:
+    """A module in which these blocks add nothing."""
+    module = wide(layers)
     with torch.no_grad():
-        for k in silent:
+        for k in blocks:
             module.model.layers[k].self_attn.o_proj.weight.zero_()
             module.model.layers[k].mlp.down_proj.weight.zero_()
     return module
 
 
-def captured(module: nn.Module, build: Any = llama) -> Program:
-    _, inputs, axes = build(1)
-    return capture_module(module, (), inputs, axes)
-
-
 @pytest.fixture(scope="module")
 def module() -> nn.Module:
-    return made()
+    return wide(5)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +58,7 @@ def program(module: nn.Module) -> Program:
 
 @pytest.fixture(scope="module")
 def planted() -> Program:
-    return captured(made(silent=(1, 3)))
+    return captured(silenced(5, 1, 3))
 
 
 def task(program: Program, keep: float = 0.6, unit: str = "block") -> DropTask:
@@ -123,7 +116,7 @@ def test_planted_blocks_go_and_no_bit_changes(method: str, planted: Program) -> 
     "method", ["influence", *(pytest.param(m, marks=pytest.mark.slow) for m in ("search", "gates"))]
 )
 def test_planted_branches_go(method: str) -> None:
-    module = made()
+    module = wide(5)
     with torch.no_grad():
         module.model.layers[0].self_attn.o_proj.weight.zero_()
         module.model.layers[3].mlp.down_proj.weight.zero_()
@@ -132,7 +125,7 @@ def test_planted_branches_go(method: str) -> None:
 
 
 def test_a_planted_span_goes() -> None:
-    assert dropped(DropLayers(keep=0.6, method="span"), captured(made(silent=(2, 3)))) == ["block 2", "block 3"]
+    assert dropped(DropLayers(keep=0.6, method="span"), captured(silenced(5, 2, 3))) == ["block 2", "block 3"]
 
 
 def test_influence_and_angles_are_those_of_the_plain_module(module: nn.Module, program: Program) -> None:
@@ -306,7 +299,7 @@ class Pictures(Data):
 
 @pytest.mark.slow
 def test_caches_go_and_it_still_generates() -> None:
-    module = made(silent=(1, 3))
+    module = silenced(5, 1, 3)
     _, inputs, axes = llama(1)
     whole = laconic.capture(module, **inputs, dynamic_shapes=axes, cache=(2, 16))
     result = laconic.optimize(whole, "drop-layers{keep=0.6,method=influence}", calibration=DATA)
@@ -363,12 +356,12 @@ def test_what_cannot_be_given_is_refused(program: Program) -> None:
     odd = capture_module(Odd().eval(), (torch.randn(2, 8),), {}, None)
     with pytest.raises(VerificationError, match="no blocks that recur"):
         laconic.optimize(odd, "drop-layers", calibration=DATA)
-    one = captured(made(layers=1))
+    one = captured(wide(layers=1))
     with pytest.raises(VerificationError, match="no blocks that recur"):
         laconic.optimize(one, "drop-layers", calibration=DATA)
     item = DropLayers(keep=0.6, method="influence")
     with pytest.raises(UsageError, match="there is no block 3"):
-        item.apply(captured(made(layers=3)), item.plan(captured(made(silent=(3, 4))), DECIDED))
+        item.apply(captured(wide(layers=3)), item.plan(captured(silenced(5, 3, 4)), DECIDED))
 
 
 def test_less_than_half_a_layer_is_none(program: Program) -> None:

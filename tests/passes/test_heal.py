@@ -7,12 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import laconic
-from architectures import llama
+from architectures import captured, wide
 from laconic.ir.calibration import Calibration
-from laconic.ir.capture import capture_module
 from laconic.ir.errors import PipelineError, UsageError
 from laconic.ir.metrics.registry import load
 from laconic.ir.program import Program
@@ -29,11 +27,7 @@ DATA = Ragged((18, 14, 16, 21, 12, 17), rows=2)
 
 @pytest.fixture(scope="module")
 def program() -> Program:
-    torch.manual_seed(0)
-    module, inputs, axes = llama(4)
-    for weight in module.parameters():
-        nn.init.normal_(weight, std=0.2)
-    return capture_module(module.eval(), (), inputs, axes)
+    return captured(wide(4))
 
 
 @pytest.fixture(scope="module")

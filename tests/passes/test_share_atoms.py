@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 import laconic
-from architectures import gpt2, llama
+from architectures import captured, gpt2, llama, wide
 from laconic.ir.calibration import Calibration
-from laconic.ir.capture import capture_module
 from laconic.ir.errors import PipelineError, UsageError, VerificationError
 from laconic.ir.inputs import cases
 from laconic.ir.outcomes import Outcomes
@@ -24,22 +23,9 @@ DATA = Ragged((40, 28, 45, 37, 50, 33), rows=2)
 NAMES = [f"model.layers.{{}}.self_attn.{part}_proj.weight" for part in "qkv"]
 
 
-def made(layers: int = 4, build: Any = llama) -> nn.Module:
-    torch.manual_seed(0)
-    module = build(layers)[0].eval()
-    for weight in module.parameters():
-        nn.init.normal_(weight, std=0.2)
-    return module
-
-
-def captured(module: nn.Module, build: Any = llama) -> Program:
-    _, inputs, axes = build(1)
-    return capture_module(module, (), inputs, axes)
-
-
 @pytest.fixture(scope="module")
 def module() -> nn.Module:
-    return made()
+    return wide(4)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +98,7 @@ def test_a_correction_of_full_rank_restores_the_model(program: Program) -> None:
 
 @pytest.mark.slow
 def test_for_one_token_products_are_mixed() -> None:
-    module = made()
+    module = wide(4)
     _, inputs, axes = llama(1)
     whole = laconic.capture(module, **inputs, dynamic_shapes=axes, cache=(1, 16))
     result = laconic.optimize(whole, "share-atoms")
@@ -128,7 +114,7 @@ def test_for_one_token_products_are_mixed() -> None:
 @pytest.mark.slow
 def test_matrices_of_other_layouts() -> None:
     """GPT-2 packs q, k and v into one matrix, with its outputs as columns."""
-    module = made(4, gpt2)
+    module = wide(4, gpt2)
     program = captured(module, gpt2)
     result = laconic.optimize(program, "share-atoms{rank=2}", calibration=DATA)
     assert result.report.rows[0].modified

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import laconic
-from architectures import llama
+from architectures import captured, llama, wide
 from helpers import apart, bits
 from laconic.ir.axes import analyse
 from laconic.ir.calibration import Calibration
@@ -39,19 +39,6 @@ MATRICES = tuple(f"self_attn.{name}_proj" for name in "qkvo") + tuple(
 )
 
 
-def made(layers: int = 4, **changes: Any) -> nn.Module:
-    torch.manual_seed(0)
-    module = llama(layers, **changes)[0].eval()
-    for weight in module.parameters():
-        nn.init.normal_(weight, std=0.2)
-    return module
-
-
-def captured(module: nn.Module) -> Program:
-    _, inputs, axes = llama(1)
-    return capture_module(module, (), inputs, axes)
-
-
 def shared(module: nn.Module, sharing: tuple[int, ...]) -> nn.Module:
     """The plain module whose blocks hold the donors' matrices."""
     other = copy.deepcopy(module)
@@ -63,7 +50,7 @@ def shared(module: nn.Module, sharing: tuple[int, ...]) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def module() -> nn.Module:
-    return made()
+    return wide(4)
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +295,7 @@ def test_one_seed_is_one_plan_and_plans_replay_to_the_bit(method: str, program: 
 
 @pytest.mark.slow
 def test_caches_stay_each_blocks_own_and_it_generates() -> None:
-    module = made()
+    module = wide(4)
     _, inputs, axes = llama(1)
     whole = laconic.capture(module, **inputs, dynamic_shapes=axes, cache=(2, 16))
     result = laconic.optimize(whole, "share-layers{method=fixed,rank=2}", calibration=DATA)
@@ -334,7 +321,7 @@ class Masked(nn.Module):
 
 
 def test_what_cannot_be_shared_is_refused(program: Program) -> None:
-    five = captured(made(5))
+    five = captured(wide(5))
     with pytest.raises(VerificationError, match="5 blocks of run 0 cannot be cut into 2 groups of one size"):
         laconic.optimize(five, "share-layers{keep=0.4,method=fixed}", calibration=DATA)
     with pytest.raises(VerificationError, match="none would keep its weights"):
