@@ -6,7 +6,9 @@ recur, for tests that compare what is found with what the configuration says.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Container
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -201,9 +203,23 @@ def wide(layers: int, build: Callable[..., Case] = llama, **changes: Any) -> nn.
 
 
 def captured(module: nn.Module, build: Callable[..., Case] = llama) -> Program:
-    """The Program of a module that `build` made, its axes dynamic."""
-    _, inputs, axes = build(1)
-    return capture_module(module, (), inputs, axes)
+    """The Program of a module that `build` made, its axes dynamic. Modules that differ in the values of their weights
+    alone are captured once."""
+    first: dict[int, str] = {}
+    values = module.state_dict(keep_vars=True)
+    ties = tuple(first.setdefault(id(value), name) for name, value in values.items())
+    key = module.config.to_json_string(), ties
+    if key not in _CAPTURED:
+        _, inputs, axes = build(1)
+        _CAPTURED[key] = capture_module(copy.deepcopy(module), (), inputs, axes)
+    made = _CAPTURED[key].clone()
+    for name, weight in made.weights.items():
+        if name in values:
+            made.weights[name] = replace(weight, value=values[name])
+    return made
+
+
+_CAPTURED: dict[Any, Program] = {}
 
 
 def make(name: str, table: dict[str, Callable[[], Case]] = ARCHITECTURES) -> Case:

@@ -19,12 +19,12 @@ TEXTS = ["import os\n\n\ndef here() -> str:\n    return os.getcwd()\n" * 4, "cla
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small Llama of five layers with the zoo's tokenizer, captured with caches, as a saved DIR."""
+    """A small Llama of four layers with the zoo's tokenizer, captured with caches, as a saved DIR."""
     path = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     config = hf.LlamaConfig(
         hidden_size=32,
-        num_hidden_layers=5,
+        num_hidden_layers=4,
         num_attention_heads=2,
         intermediate_size=48,
         vocab_size=tokenizer.VOCABULARY,
@@ -64,11 +64,11 @@ def test_a_pipeline_is_decided_judged_healed_and_saved(
 ) -> None:
     monkeypatch.setenv("LACONIC_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "500")  # however long the paths are, no cell is wrapped
-    line = ["optimize", str(saved), "-p", "drop-layers{keep=0.8,method=influence}", "--heal", "3"]
+    line = ["optimize", str(saved), "-p", "drop-layers{method=influence}", "--heal", "3"]
     line += ["--calibration", str(texts[0]), "--data", str(texts[1]), "--metric", "nats", "--batch", "2"]
     assert run([*line, "-o", str(tmp_path / "out"), "--json"]) == 0
     ledger = json.loads(capfd.readouterr().out)
-    assert ledger["pipeline"] == "drop-layers{keep=0.8,method=influence},heal{steps=3}"
+    assert ledger["pipeline"] == "drop-layers{method=influence},heal{steps=3}"
     assert ledger["verified"]
     first, healed = (row["after"] for row in ledger["passes"])
     assert first["weight_bytes"] < ledger["before"]["weight_bytes"]
@@ -81,6 +81,10 @@ def test_a_pipeline_is_decided_judged_healed_and_saved(
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
     assert run(["explain", str(tmp_path / "out")]) == 0
     assert f"{dropped[0]} dropped" in capfd.readouterr().out
+    line = ["eval", str(tmp_path / "out"), "--data", str(texts[1]), "--metric", "nats", "--batch", "2", "--json"]
+    assert run(line) == 0
+    (row,) = json.loads(capfd.readouterr().out)["figures"]
+    assert row["value"] == healed["metrics"]["nats"], "what was saved gives the same figures"
     model = laconic.load(tmp_path / "out")
     assert model.generate([[5, 6, 7]], max_new_tokens=3).shape == (1, 6)
 
@@ -90,7 +94,7 @@ def test_the_seed_is_all_that_chance_has(saved: Path, texts: tuple[Path, Path], 
     found = {}
     for seed in (0, 0, 1, 2, 3):
         out = tmp_path / f"{seed}"
-        line = ["optimize", str(saved), "-o", str(out), "-p", "drop-layers{keep=0.4,method=random}", "--no-check", "-q"]
+        line = ["optimize", str(saved), "-o", str(out), "-p", "drop-layers{keep=0.5,method=random}", "--no-check", "-q"]
         assert run([*line, "--calibration", str(texts[0]), "--seed", str(seed), "--force"]) == 0
         chosen = tuple(plans(out)[0])
         assert found.setdefault(seed, chosen) == chosen
@@ -121,5 +125,5 @@ def test_what_is_decided_on_may_not_judge(
     assert run([*line, "--calibration", str(texts[0]), "--data", str(texts[0])]) == 2
     assert "overlaps the calibration set" in capfd.readouterr().err
     assert run([*line, "--calibration", str(texts[0]), "--no-check", "-p", "drop-layers{keep=0.1}"]) == 3
-    assert "5 of 5 blocks of run 0 cannot be dropped" in " ".join(capfd.readouterr().err.split())
+    assert "4 of 4 blocks of run 0 cannot be dropped" in " ".join(capfd.readouterr().err.split())
     assert not (tmp_path / "out").exists()

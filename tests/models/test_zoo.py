@@ -190,7 +190,8 @@ def test_digits_are_read_and_half_of_the_tokens_do_not_do(name: str) -> None:
         assert half["loses"]["low"] > 0
 
 
-@pytest.mark.parametrize("name", slow_but("vit", *NAMES))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_eval_measures_what_the_card_says(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["eval", f"zoo:{name}", "--json"]) == 0
     found = json.loads(capfd.readouterr().out)

@@ -140,5 +140,6 @@ def test_bad_input(program: Program) -> None:
         laconic.optimize(program, "collapse-layers")
     with pytest.raises(VerificationError, match="6 of 6 blocks of run 0 cannot go"):
         laconic.optimize(program, "collapse-layers{keep=0.05}", calibration=DATA)
+    depth = Depth(program)
     with pytest.raises(VerificationError, match="no blocks that recur"):
-        laconic.optimize(captured(wide(1)), "collapse-layers", calibration=DATA)
+        laconic.optimize(depth.skip_blocks(depth.blocks[1:]), "collapse-layers", calibration=DATA)

@@ -356,12 +356,13 @@ def test_what_cannot_be_given_is_refused(program: Program) -> None:
     odd = capture_module(Odd().eval(), (torch.randn(2, 8),), {}, None)
     with pytest.raises(VerificationError, match="no blocks that recur"):
         laconic.optimize(odd, "drop-layers", calibration=DATA)
-    one = captured(wide(layers=1))
+    depth = Depth(program)
+    one, three = (depth.skip_blocks(depth.blocks[left:]) for left in (1, 3))
     with pytest.raises(VerificationError, match="no blocks that recur"):
         laconic.optimize(one, "drop-layers", calibration=DATA)
     item = DropLayers(keep=0.6, method="influence")
     with pytest.raises(UsageError, match="there is no block 3"):
-        item.apply(captured(wide(layers=3)), item.plan(captured(silenced(5, 3, 4)), DECIDED))
+        item.apply(three, item.plan(captured(silenced(5, 3, 4)), DECIDED))
 
 
 def test_less_than_half_a_layer_is_none(program: Program) -> None:
