@@ -1,11 +1,11 @@
 """What dropping and sharing layers costs: every method on reference models, on the held-out test split, with intervals.
 
-    python benchmarks/layers.py benchmarks/results/layers.json [MODEL | SHARE | together ...]
+    python benchmarks/layers.py benchmarks/results/layers.json [MODEL | SHARE | together | branches ...]
 
 Decisions are made on the calibration split alone. Of each result: nats and divergence from the original with 95 %
 intervals over documents (or digits), top-1, bytes of weights, and the seconds that deciding took. Methods at random are
 drawn with five seeds. `together` is what pipelines of several passes do at half of the blocks' bytes, and corrections
-for as many bytes as further blocks. Without names all models at all shares, and these. A run that is stopped goes on
+for as many bytes as further blocks; `branches` tries all states of single branches. Without names all of it. A run that is stopped goes on
 with the rows that are missing; what other versions or another machine wrote is measured anew.
 """
 
@@ -15,7 +15,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,15 @@ def together(model: Model) -> Iterator[tuple[str, int]]:
     for keep, fewer in ((0.75, 0.625), (0.5, 0.375)):
         yield f"share-layers{{keep={keep}}}", 0
         yield f"share-layers{{keep={fewer},rank={model.rank(keep, fewer)}}}", 0
-    if model.name == "zoo:vit":  # where trying all 784 states is feasible
+
+
+def branches(model: Model) -> Iterator[tuple[str, int]]:
+    """Evolution of a space that is too large to be tried by the way, beside all of its 784 states."""
+    if model.name == "zoo:vit":
         yield "drop-layers{keep=0.75,unit=branch,method=exhaustive}", 0
+
+
+GROUPS: dict[str, Callable[[Model], Iterator[tuple[str, int]]]] = {"together": together, "branches": branches}
 
 
 class Model:
@@ -162,11 +169,11 @@ def main(path: Path, asked: list[str]) -> None:
         if known["machine"] == document["machine"]:
             document = known
     models = [Model(name) for name in [name for name in asked if name in BATCH] or BATCH]
-    shares = [name for name in asked if name not in BATCH] or [*map(str, KEEP), "together"]
+    shares = [name for name in asked if name not in BATCH] or [*map(str, KEEP), *GROUPS]
     done = {(row["model"], row["pipeline"], row["seed"]) for row in document["rows"]}
     for share, model in itertools.product(shares, models):
         document["originals"][model.name] = model.original()
-        for pipeline, seed in together(model) if share == "together" else pipelines(float(share)):
+        for pipeline, seed in GROUPS[share](model) if share in GROUPS else pipelines(float(share)):
             key = (model.name, pipeline, seed)
             if key in done:
                 continue
