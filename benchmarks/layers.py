@@ -5,8 +5,8 @@
 Decisions are made on the calibration split alone. Of each result: nats and divergence from the original with 95 %
 intervals over documents (or digits), top-1, bytes of weights, and the seconds that deciding took. Methods at random are
 drawn with five seeds. `together` is what pipelines of several passes do at half of the blocks' bytes, and corrections
-for as many bytes as further blocks; `branches` tries all states of single branches. Without names all of it. A run that is stopped goes on
-with the rows that are missing; what other versions or another machine wrote is measured anew.
+for as many bytes as further blocks; `branches` tries all states of single branches. Without names all of it. A run that
+is stopped goes on with the rows that are missing; what other versions or another machine wrote is measured anew.
 """
 
 from __future__ import annotations
