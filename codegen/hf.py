@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 _CONFIG = "config.json"
 #: What a count of blocks is called.
 _COUNT = re.compile(r"layer|block|depth")
+#: What a list is called that says something of each block.
+_OF_BLOCKS = re.compile(r"layer|block|depth|types")
 #: Files of a model beside its weights and configuration: tokenizer, generation, preprocessing.
 _BESIDE = (".json", ".txt", ".model", ".jinja")
 #: The share of a folder's bytes that may be copies of what the Program holds once.
@@ -152,7 +154,7 @@ def _shorter(class_: Any, config: Any, gone: Sequence[_Gone], names: Any) -> Any
             for step in holder:
                 inside = inside[step]
             for other, value in inside.items():
-                if isinstance(value, list) and len(value) == each.count:
+                if isinstance(value, list) and len(value) == each.count and _OF_BLOCKS.search(other):
                     inside[other] = [value[k] for k in each.left]
             inside[key] = len(each.left)
         try:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from laconic.ir.calibrate import Progress, calibrate
 from laconic.ir.data import Data
+from laconic.ir.errors import UsageError
 from laconic.ir.metrics.base import Metric
 from laconic.ir.metrics.registry import load as load_metric
 from laconic.ir.program import Program
@@ -23,13 +24,17 @@ def _silent(what: str) -> Progress:
 class Calibration:
     """Data that a pass decides on. `seed` is that of all that is drawn at random; `folder` keeps what was gathered;
     `progress`, given what is being done, returns what is told how much of it is. `original` is the program that a
-    pipeline began with, where it is one of several passes that decide."""
+    pipeline began with, where it is one of several passes that decide. Raises UsageError for data without batches."""
 
     data: Data
     seed: int = 0
     folder: Path | None = None
     progress: Callable[[str], Progress] = _silent
     original: Program | None = None
+
+    def __post_init__(self) -> None:
+        if not len(self.data):
+            raise UsageError(f"{self.data.name} is empty", hint="decide on at least one sample")
 
     def statistics(self, program: Program, wanted: Sequence[Statistic], loss: Metric | None = None) -> Statistics:
         """Statistics of a program's `forward`. Raises what `calibrate` raises."""

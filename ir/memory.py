@@ -41,6 +41,11 @@ def placed(tensor: torch.Tensor, stride: Sequence[int], start: int, device: str 
     return dense.copy_(tensor)
 
 
+def row_major(value: torch.Tensor) -> torch.Tensor:
+    """A copy in memory of its own, with the strides that a tensor of its shape is made with."""
+    return value.detach().clone(memory_format=torch.contiguous_format)
+
+
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself if it starts on a boundary, else a copy that does, with the same strides if they are dense."""
     return tensor if misalignment(tensor) == 0 else tensor.clone(memory_format=torch.preserve_format)

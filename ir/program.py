@@ -45,7 +45,8 @@ class Weight:
     """A row of the weight table: a tensor under the name the model knows it by.
 
     `kind` is PARAMETER, BUFFER, CONSTANT (lifted from the code, or made by a pass) or STATE (updated by some entry).
-    `trainable` is the parameter's `requires_grad`.
+    `trainable` is the parameter's `requires_grad`; of a constant, whether weights became it, so that a fine-tune may
+    move it.
     """
 
     name: str

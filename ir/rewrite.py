@@ -188,12 +188,13 @@ def fake_weight(program: Program, weight: Weight) -> Any:
     return program.fake(kind)  # type: ignore[arg-type]
 
 
-def add_constant(program: Program, name: str, value: Any) -> str:
-    """A new row for a tensor that a pass made; returns its name, made unique."""
+def add_constant(program: Program, name: str, value: Any, *, trainable: bool = False) -> str:
+    """A new row for a tensor that a pass made; returns its name, made unique. It is `trainable` where weights became
+    it, which are then never folded into others."""
     unique, number = name, 1
     while unique in program.weights or unique in program.aliases:
         unique, number = f"{name}_{number}", number + 1
-    program.weights[unique] = Weight(unique, value, Kind.CONSTANT, persistent=False)
+    program.weights[unique] = Weight(unique, value, Kind.CONSTANT, trainable, persistent=False)
     return unique
 
 

@@ -70,7 +70,7 @@ def declared_weights(program: Program) -> dict[str, torch.Tensor]:
 
 def _as_declared(weight: Weight) -> torch.Tensor:
     """A weight with `requires_grad` as the model has it: `matmul` chooses its kernel by it, even without gradients."""
-    if weight.trainable and not weight.value.is_inference():
+    if weight.trainable and weight.kind is Kind.PARAMETER and not weight.value.is_inference():
         return weight.value.detach().requires_grad_()
     return weight.value
 

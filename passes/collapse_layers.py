@@ -14,21 +14,21 @@ subtracts the layer that is being changed, by which the sum becomes the last blo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 
 from laconic.ir.calibration import Calibration
-from laconic.ir.data import flat_inputs, running
+from laconic.ir.data import Data, flat_inputs, running
 from laconic.ir.depth import Block, Depth
 from laconic.ir.errors import UsageError
 from laconic.ir.program import Program
 from laconic.ir.score import Candidate, Gate, Gated, passed_by, replaced_by
 from laconic.passes.allocate import going
 from laconic.passes.base import Contract, Needs, Pass, Plan
-from laconic.passes.deciding import ENTRY, is_matrix, placed
+from laconic.passes.deciding import ENTRY, is_matrix, placed, refuse_quantised
 from laconic.passes.options import check_least, check_share
 
 _SAMPLES = 5
@@ -81,6 +81,7 @@ class CollapseLayers(Pass):
             if budget == len(blocks):
                 raise UsageError(f"{budget} of {budget} blocks of run {run} cannot go", hint="keep more")
             if budget:
+                _refuse_shared(program, depth, blocks)
                 found = _Collapse(program, depth, blocks, calibration, self, budget).found()
                 actions += found.actions
                 tensors |= found.tensors
@@ -105,6 +106,20 @@ class CollapseLayers(Pass):
         return f"{', '.join(gone)} collapsed into {len(plan.actions) - len(gone)} others"
 
 
+def _refuse_shared(program: Program, depth: Depth, blocks: Sequence[Block]) -> None:
+    """Raise UsageError for blocks whose matrices are quantised, or not their own: what one becomes, others would."""
+    for block in blocks:
+        read = {row for unit in block.units for row in depth.reads(unit)}
+        refuse_quantised(program, read)
+        shared = sorted(row for row in read - block.rows if is_matrix(program, row))
+        if shared:
+            raise UsageError(
+                f"block {block.number} of run {block.run} cannot be collapsed",
+                why=f"it shares {shared[0]!r} with others",
+                hint="drop-layers leaves blocks out",
+            )
+
+
 @dataclass
 class _Model:
     """What a run has become: the blocks that are left, in order, and what their rows hold now."""
@@ -117,6 +132,16 @@ class _Model:
 class _Found:
     actions: list[dict[str, Any]]
     tensors: dict[str, torch.Tensor]
+
+
+def _some(program: Program, data: Data) -> Iterator[tuple[torch.Tensor | None, list[torch.Tensor], str]]:
+    """The batches that the first few samples stand in: their masks, inputs and places."""
+    count = 0
+    for k in range(len(data)):
+        if count < _SAMPLES:
+            batch, place = data.batch(k), data.place(k)
+            yield batch.mask, flat_inputs(program, batch, place), place
+            count += batch.samples
 
 
 class _Collapse:
@@ -142,9 +167,7 @@ class _Collapse:
         gates.append(Gate("end", outs[-1]))  # acts behind the last block's own
         self._seen: list[torch.Tensor] = []
         self._run = Gated(program, gates)
-        batch, place = calibration.data.batch(0), calibration.data.place(0)
-        self._mask = None if batch.mask is None else batch.mask[:_SAMPLES]
-        self._inputs, self._place = flat_inputs(program, batch, place), place
+        self._batches = list(_some(program, calibration.data))
         self._whole = self._last({})
 
     def _matrices(self, block: Block) -> list[str]:
@@ -170,7 +193,9 @@ class _Collapse:
             tried = self._merged(model, at, count) if count > 0 else model
             if count > 0 and self._likeness(tried) > threshold:
                 model = tried
-                at = min(at - self._item.interval, len(model.left) - 2)
+                at -= self._item.interval
+                if at >= len(model.left) - 1:
+                    at = len(model.left) - 1 - self._size
             else:
                 at -= 1
         return model
@@ -196,24 +221,27 @@ class _Collapse:
     def _likeness(self, model: _Model) -> float:
         """The cosine of what comes out of the last block, all of a sample's positions as one vector, to the original's,
         averaged over the samples."""
-        now = self._last(self._candidate(model))
-        each = torch.nn.functional.cosine_similarity(now, self._whole, dim=1)
-        return float(each.mean()) if bool(torch.isfinite(now).all()) else -math.inf
+        pairs = zip(self._last(self._candidate(model)), self._whole, strict=True)
+        each = [float(torch.nn.functional.cosine_similarity(now, whole, dim=0)) for now, whole in pairs]
+        return sum(each) / len(each) if all(map(math.isfinite, each)) else -math.inf
 
     def _candidate(self, model: _Model) -> Candidate:
         gone = [block for block in self._blocks if block not in model.left]
         found: dict[str, Any] = {f"block {block.number}": passed_by for block in gone}
         return found | {row: replaced_by(value) for row, value in model.held.items()}
 
-    def _last(self, candidate: Candidate) -> torch.Tensor:
-        """What comes out of the run, (samples, numbers) float64, padding as zeros."""
-        self._seen.clear()
-        with running(self._place):
-            self._run({**candidate, "end": self._see}, self._inputs)
-        value = self._seen[0][:_SAMPLES].double()
-        if self._mask is not None and value.shape[:2] == self._mask.shape:
-            value = value.masked_fill(~self._mask[..., None], 0.0)
-        return value.flatten(1)
+    def _last(self, candidate: Candidate) -> list[torch.Tensor]:
+        """What comes out of the run for each sample, (numbers,) float64, padding as zeros."""
+        found: list[torch.Tensor] = []
+        for mask, inputs, place in self._batches:
+            self._seen.clear()
+            with running(place):
+                self._run({**candidate, "end": self._see}, inputs)
+            value = self._seen[0].double()
+            if mask is not None and value.shape[:2] == mask.shape:
+                value = value.masked_fill(~mask[..., None], 0.0)
+            found += list(value.flatten(1))
+        return found[:_SAMPLES]
 
     def _see(self, value: torch.Tensor) -> torch.Tensor:
         self._seen.append(value)

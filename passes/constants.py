@@ -36,7 +36,9 @@ class Constants:
 
     def _is_constant(self, node: fx.Node, read_weights: bool) -> bool:
         if node.op == "placeholder":
-            fixed = node.meta["kind"] in self._kinds and node.meta["name"] not in self._written
+            row = self._program.weights[node.meta["name"]] if node.meta["kind"] in self._kinds else None
+            learnt = row is not None and row.kind is Kind.CONSTANT and row.trainable
+            fixed = row is not None and not learnt and row.name not in self._written
             return read_weights and fixed
         if node.op != "call_function":
             return False

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from laconic.ir.calibration import Calibration
@@ -33,6 +34,16 @@ def is_matrix(program: Program, row: str) -> bool:
     """Whether a row is what decisions over weights are about: a floating-point parameter of two axes or more."""
     weight = program.weights[row]
     return weight.kind is Kind.PARAMETER and weight.value.is_floating_point() and weight.value.dim() >= 2
+
+
+def refuse_quantised(program: Program, rows: Iterable[str]) -> None:
+    """Raise UsageError if matrices among these rows are quantised: their scales alone are no weights to decide over."""
+    for row in sorted(rows):
+        value = program.weights[row].value
+        if value.dim() >= 2 and value.element_size() == 1 and value.dtype != torch.bool:
+            raise UsageError(
+                "these weights are quantised", why=f"{row!r} is {value.dtype}", hint="decide this before quantising"
+            )
 
 
 def place_of(depth: Depth, block: Block) -> fx.Node:
@@ -84,6 +95,8 @@ class Task(ABC):
     def batches(self, tokens: int) -> int:
         """How many batches hold about so many tokens; of images, of their patches."""
         each = [count * self._positions() for count in self.scorer.tokens]
+        if not sum(each):
+            raise UsageError(f"{self.data.data.name} has no position that counts", why="all of it is masked")
         return min(len(each), max(1, math.ceil(tokens * len(each) / sum(each))))
 
     def _positions(self) -> int:
@@ -116,7 +129,7 @@ class Task(ABC):
         free = [(one.budget, len(one.units)) for one in self.space.classes]
         generations = self.generations or max(1, round(sum(k * (n - k) for k, n in free) / 1.5))
         settings = self._staged(Evolution(generations))
-        if self.space.size() * len(self.judged) <= settings.judgements(len(start)):
+        if self.space.size() <= min(_MOST, settings.judgements(len(start)) // len(self.judged)):
             return self.best(what)
         return self._evolved(what, start, settings)
 

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from laconic.ir.errors import UsageError
+from laconic.ir.memory import row_major
 from laconic.ir.program import Entry, Program
 from laconic.ir.rewrite import add_constant, insert_call, weight_node
 from laconic.ir.statistics.base import Sums
@@ -56,7 +57,7 @@ def correction_of(use: Product, missing: torch.Tensor, sums: Sums, rank: int, dt
     """The correction of a product's matrix, as it is stored, by which `missing` is missing; `sums` are those of the
     covariance of what it multiplies. The factors are of `dtype`."""
     made = whitened(missing if use.outputs_first else missing.T, sums["products"], int(sums["rows"]), rank)
-    return Correction(made.outer.to(dtype), made.inner.to(dtype), made.left)
+    return Correction(row_major(made.outer.to(dtype)), row_major(made.inner.to(dtype)), made.left)
 
 
 def _damped(products: torch.Tensor, rows: int) -> torch.Tensor:
@@ -81,7 +82,9 @@ def add_correction(
     for part, value in zip(("outer", "inner"), correction, strict=True):
         row = f"{name}_{part}"
         held = program.weights.get(row)
-        rows.append(row if held is not None and held.value is value else add_constant(program, row, value))
+        rows.append(
+            row if held is not None and held.value is value else add_constant(program, row, value, trainable=True)
+        )
     outer, inner = (weight_node(program, entry, row) for row in rows)
     following: fx.Node = node.next
     narrow = insert_call(program, entry, following, aten.linear.default, (use.data, inner), like=node, by=by)

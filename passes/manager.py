@@ -206,12 +206,17 @@ class PassManager:
         start = time.perf_counter()
         try:
             plan = self.plans[position] if self.plans else None
-            plan = plan or self._timed(Phase.PLAN, item.plan, run.program, state.calibration)
+            try:
+                plan = plan or self._timed(Phase.PLAN, item.plan, run.program, state.calibration)
+            except UsageError as problem:
+                raise self._blame(problem, position, item, run, refused=True) from problem
             result = self._timed(Phase.APPLY, item.apply, run.program, plan)
             seconds = time.perf_counter() - start
             self._timed(Phase.VERIFY, self._verify, state, item, result)
             gap = self._timed(Phase.CHECK, self._check, state, item, result)
         except LaconicError as problem:
+            if isinstance(problem.__cause__, UsageError):
+                raise
             raise self._blame(problem, position, item, run) from problem
         except Exception as problem:  # a pass that crashes, or leaves what cannot be printed or run
             crash = VerificationError(f"{type(problem).__name__}: {problem}")
@@ -252,19 +257,23 @@ class PassManager:
             state.known, state.captured = after, state.captured.moved(result.moves)
         return distance(state.captured, state.known)
 
-    def _blame(self, problem: LaconicError, position: int, item: Pass, run: Run) -> LaconicError:
+    def _blame(
+        self, problem: LaconicError, position: int, item: Pass, run: Run, *, refused: bool = False
+    ) -> LaconicError:
+        """What stopped a pass, said with its place in the pipeline; `refused` is what it cannot do for its user."""
         ran = ", ".join(row.spec for row in run.ledger.rows if not row.skipped) or "nothing"
         others = print_pipeline([p for k, p in enumerate(self.passes) if k != position])
-        hints = [f"to go on without it: -p '{others or 'none'}'"]
+        hints = [problem.hint] if refused and problem.hint else []
+        hints += [f"to go on without it: -p '{others or 'none'}'"]
         for instrument in self.instruments:
             hint = instrument.failed_pass(position, item, problem)
             hints += [hint] if hint else []
-        blamed = type(problem) if not isinstance(problem, UsageError) else VerificationError
+        blamed = type(problem) if refused or not isinstance(problem, UsageError) else VerificationError
         where = f"pass {position + 1} of {len(self.passes)}, after {ran}"
         if blamed.__init__ is not LaconicError.__init__:
             blamed = VerificationError
         return blamed(
-            f"the pass {item.spec!r} failed: {problem.what}",
+            f"the pass {item.spec!r} {'cannot do this' if refused else 'failed'}: {problem.what}",
             where=f"{where}; {problem.where}" if problem.where else where,
             why=problem.why,
             hint="\n".join(hints),

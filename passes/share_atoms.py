@@ -28,6 +28,7 @@ from torch import fx
 from laconic.ir.calibration import Calibration
 from laconic.ir.errors import UsageError
 from laconic.ir.listing import SlotKind
+from laconic.ir.memory import row_major
 from laconic.ir.program import Program
 from laconic.ir.rewrite import add_constant, drop_unused, insert_call, used_rows, weight_node
 from laconic.ir.statistics.moments import Covariance
@@ -91,7 +92,7 @@ class ShareAtoms(Pass):
                 node = products_of(program, row)[0][0].node
                 where = {"entry": ENTRY, "node": node.name, "site": node.meta.get("site", -1)}
                 actions.append({"rule": "mix", "row": row, "atoms": rows[0], "left": left, **where})
-                tensors[f"mix.{row}"] = mixture[None]
+                tensors[f"mix.{row}"] = row_major(mixture[None])
         if self.rank and calibration is not None:
             tensors |= _corrections(program, actions, tensors, self.rank, calibration)
         return Plan(self.spec, tuple(actions), tensors, "no dictionary would be smaller than the matrices")
@@ -103,8 +104,10 @@ class ShareAtoms(Pass):
             row, first = action["row"], action["atoms"]
             stem = row.replace(".", "_")
             if first not in names:
-                names[first] = add_constant(program, f"{first.replace('.', '_')}_atoms", plan.tensors[f"atoms.{first}"])
-            mixture = add_constant(program, f"{stem}_mix", plan.tensors[f"mix.{row}"])
+                names[first] = add_constant(
+                    program, f"{first.replace('.', '_')}_atoms", plan.tensors[f"atoms.{first}"], trainable=True
+                )
+            mixture = add_constant(program, f"{stem}_mix", plan.tensors[f"mix.{row}"], trainable=True)
             pair = plan.tensors.get(f"outer.{row}"), plan.tensors.get(f"inner.{row}")
             for use in products_of(program, row)[0]:
                 if pair[0] is not None and pair[1] is not None:
@@ -192,7 +195,7 @@ def _dictionary(program: Program, rows: list[str], count: int) -> tuple[torch.Te
     # Atoms of the matrices' own size: both factors then round alike in narrow dtypes.
     scale = energy.sum().div(len(rows)).sqrt().clamp(min=1e-300)
     dtype = values[0].dtype
-    return (atoms * scale).to(dtype), (mixtures / scale).to(dtype), left
+    return row_major((atoms * scale).to(dtype)), (mixtures / scale).to(dtype), left
 
 
 def _corrections(

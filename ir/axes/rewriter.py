@@ -141,6 +141,8 @@ class _Rewrite:
         for found in self.axes.resplits:
             if not any(touches(part, self.kept) for part in found.parts):
                 continue
+            if all(new_size(part, self.kept) == size_of(part) for part in found.parts):
+                continue  # put in another order alone
             node = self._new(found.node)
             sizes = [self._number(node, new_size(part, self.kept)) for part in found.parts]
             node.target = aten.split_with_sizes.default

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from laconic.ir.depth import Block, Depth
+from laconic.ir.depth import Depth, Unit
 from laconic.ir.metrics.differences import bit_equal
 from laconic.ir.program import Kind, Program
 from laconic.ir.rewrite import used_rows
@@ -20,13 +20,13 @@ class Change:
 
     @cached_property
     def trainable(self) -> list[str]:
-        """The rows that could be trained: parameters, and floating-point tensors that a pass made."""
+        """The rows that could be trained: parameters, and what they became."""
         weights, before = self.program.weights, self.original.weights
         return [
             row
             for row in sorted(used_rows(self.program))
             if weights[row].value.is_floating_point()
-            and (weights[row].kind is Kind.PARAMETER or (weights[row].kind is Kind.CONSTANT and row not in before))
+            and (weights[row].kind is Kind.PARAMETER or (weights[row].trainable and row not in before))
         ]
 
     @cached_property
@@ -49,21 +49,26 @@ class Change:
 
     @cached_property
     def beside(self) -> set[str]:
-        """Those of the blocks beside what is gone."""
-        whole = Depth(self.original).blocks
-        gone = [self._gone(block) for block in whole]
+        """Those beside what is gone: of the nearest branches before and behind it, and of the rest of its block."""
+        whole = Depth(self.original)
+        units = [(unit, block) for block in whole.blocks for unit in block.units]
+        gone = [self._gone(unit) for unit, _ in units]
         found: set[str] = set()
         for k in (k for k, missing in enumerate(gone) if missing):
+            run, block = units[k][1].run, units[k][1]
+            found |= block.rows
             for step in (-1, 1):
                 near = k + step
-                while 0 <= near < len(whole) and gone[near]:
+                while 0 <= near < len(units) and gone[near]:
                     near += step
-                if 0 <= near < len(whole) and whole[near].run == whole[k].run:
-                    found |= whole[near].rows
+                if 0 <= near < len(units) and units[near][1].run == run:
+                    found |= units[near][1].rows
+        if len(Depth(self.program).blocks) < len(whole.blocks):  # of blocks that share all, none takes weights along
+            found |= self.blocks if not found else set()
         return found.intersection(self.trainable)
 
-    def _gone(self, block: Block) -> bool:
-        return any(row in self.program.aliases and self.program.value_of(row) is None for row in block.rows)
+    def _gone(self, unit: Unit) -> bool:
+        return any(row in self.program.aliases and self.program.value_of(row) is None for row in unit.rows)
 
     def rows(self, which: str) -> dict[str, int]:
         """The rows to train, each with how many calls of `forward` read it; none if nothing was changed. `which` is

@@ -15,6 +15,7 @@ signs again, up to its `max-bytes` each, so it belongs before.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -23,10 +24,12 @@ import torch
 from torch import fx
 
 from laconic.ir.calibration import Calibration
+from laconic.ir.errors import UsageError
 from laconic.ir.program import Alias, Entry, Program
 from laconic.ir.rewrite import add_constant, drop_weight, insert_call, weight_node
+from laconic.ir.types import nbytes
 from laconic.passes.base import Contract, Pass, Plan
-from laconic.passes.deciding import is_matrix
+from laconic.passes.deciding import is_matrix, refuse_quantised
 from laconic.passes.options import check_least, check_share
 from laconic.passes.share_hash.mapping import RandomFold
 from laconic.passes.share_hash.module import fitted, scale_of, scale_steps, share_hash, slot_scale
@@ -34,6 +37,9 @@ from laconic.passes.share_hash.module import fitted, scale_of, scale_steps, shar
 __all__ = ["ShareHash", "scale_steps", "share_hash", "slot_scale"]
 
 aten = torch.ops.aten
+
+#: How many numbers one may stand for: each turn of the array is a piece of the graph.
+_TURNS = 1000
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,7 @@ class ShareHash(Pass):
     def plan(self, program: Program, calibration: Calibration | None = None) -> Plan:
         if self.ratio == 1:
             return Plan(self.spec, reason="all numbers are kept")
+        refuse_quantised(program, program.weights)
         rows = [
             row
             for row, weight in program.weights.items()
@@ -72,17 +79,24 @@ class ShareHash(Pass):
         values = [program.weights[row].value.detach() for row in rows]
         total = sum(value.numel() for value in values)
         fold = RandomFold(total, max(1, int(self.ratio * total)), self.seed)
+        if fold.slots * _TURNS < total:
+            raise UsageError(
+                f"{fold.slots} numbers for {total} are too few", why=f"each would stand for more than {_TURNS}"
+            )
         actions, weights, first = [], [], 0
         for row, value in zip(rows, values, strict=True):
             scale = scale_of(value)
             actions.append({"rule": "fold", "row": row, "first": first, "scale": scale, "entry": "forward", "site": -1})
             weights.append((value, first, scale))
             first += value.numel()
-        array = fitted(fold, weights)
-        return Plan(self.spec, tuple(actions), {"array": array.to(values[0].dtype)})
+        dtype = functools.reduce(torch.promote_types, (value.dtype for value in values))
+        array = fitted(fold, weights).to(dtype)
+        if nbytes(array) + nbytes(fold.table.to(dtype)) >= sum(map(nbytes, values)):
+            return Plan(self.spec, reason="the array and its signs would take no fewer bytes than the matrices")
+        return Plan(self.spec, tuple(actions), {"array": array})
 
     def rewrite(self, program: Program, plan: Plan) -> None:
-        array = add_constant(program, "hash_shared", plan.tensors["array"])
+        array = add_constant(program, "hash_shared", plan.tensors["array"], trainable=True)
         total = sum(program.weights[action["row"]].value.numel() for action in plan.actions)
         fold = RandomFold(total, len(plan.tensors["array"]), self.seed)
         signs = add_constant(program, "hash_signs", fold.table.to(plan.tensors["array"].dtype))

@@ -36,17 +36,18 @@ class _Folded(nn.Module):
     def __init__(self, fold: RandomFold, table: torch.Tensor, first: int, weight: torch.Tensor, scale: float) -> None:
         super().__init__()
         self.fold, self.first, self.shape, self.scale = fold, first, weight.shape, scale
-        self.dtype = weight.dtype
+        self.dtype = None if weight.dtype == torch.float32 else weight.dtype  # the array's own
         self.register_buffer("table", table, persistent=False)
 
     def forward(self, array: torch.Tensor) -> torch.Tensor:
         flat = self.fold.expand(array, self.table, self.first, self.shape.numel())  # type: ignore[arg-type]
-        return (flat * self.scale).reshape(self.shape).to(self.dtype)
+        return (flat * self.scale).reshape(self.shape).to(self.dtype or array.dtype)
 
 
 def share_hash(module: nn.Module, ratio: float, *, least: int = 1024, seed: int = 0, fit: bool = False) -> nn.Module:
     """A copy of a module whose weights of two axes or more, and of `least` elements, all stand in one array of `ratio`
-    of their number. Biases and norms stay, and so do weights that are tied to each other.
+    of their number. Biases and norms stay, and so do weights that are tied to each other; frozen weights stay out,
+    unless all are frozen.
 
     The array is drawn by the seed, each weight with about the spread that it had; with `fit` it holds what is nearest
     to the weights, slot by slot, which is all of them at a ratio of 1 and little at less.
@@ -69,7 +70,9 @@ def share_hash(module: nn.Module, ratio: float, *, least: int = 1024, seed: int 
     fold = RandomFold(total, max(1, int(ratio * total)), seed)
     table = fold.table
     draw = torch.Generator().manual_seed(seed)
-    array = nn.Parameter((torch.rand(fold.slots, generator=draw) * 2 - 1) * _SPREAD)
+    device, trained = getattr(*places[0]).device, getattr(*places[0]).requires_grad
+    drawn = (torch.rand(fold.slots, generator=draw) * 2 - 1) * _SPREAD
+    array = nn.Parameter(drawn.to(device), requires_grad=trained)
     known = {id(w): (w, first) for w, first in ((getattr(o, n), firsts[id(getattr(o, n))]) for o, n in places)}
     scales = {key: scale_of(weight) for key, (weight, _) in known.items()}
     if fit:
@@ -82,23 +85,37 @@ def share_hash(module: nn.Module, ratio: float, *, least: int = 1024, seed: int 
         parametrize.register_parametrization(owner, name, folded, unsafe=True)
         owner.parametrizations[name].original = array  # type: ignore[index,union-attr]
     made.register_parameter(_ARRAY, array)
-    scaling = slot_scale(made)
-    array.register_hook(lambda gradient: gradient / scaling.to(gradient.dtype))  # type: ignore[no-untyped-call]
+    made.register_forward_pre_hook(_scale_gradients)
+    _scale_gradients(made)
     return made
 
 
+def _scale_gradients(module: nn.Module, *_: Any) -> None:
+    """Let gradients of the array be scaled. Asked before each call: a copy of a module has an array without hooks."""
+    array: Any = getattr(module, _ARRAY)
+    if not getattr(array, "_scaled", False) and array.requires_grad:
+        scaling = slot_scale(module)
+        array.register_hook(lambda gradient: gradient / scaling.to(gradient))
+        array._scaled = True
+
+
 def _places(module: nn.Module, least: int) -> list[tuple[nn.Module, str]]:
-    return [
-        (owner, name)
+    found = [
+        (owner, name, weight)
         for owner in module.modules()
         for name, weight in owner.named_parameters(recurse=False)
         if weight.dim() >= 2 and weight.numel() >= least and weight.is_floating_point()
     ]
+    frozen = not any(weight.requires_grad for _, _, weight in found)
+    return [(owner, name) for owner, name, weight in found if weight.requires_grad or frozen]
 
 
 def scale_of(weight: torch.Tensor) -> float:
-    """The power of two nearest to what gives slots, of standard deviation s / sqrt(3), the weight's own."""
-    spread = float(weight.detach().double().std()) or _SPREAD / math.sqrt(3)
+    """The power of two nearest to what gives slots, of standard deviation s / sqrt(3), the weight's own. Raises
+    UsageError for weights that are not finite."""
+    spread = float(weight.detach().double().std(correction=min(1, weight.numel() - 1))) or _SPREAD / math.sqrt(3)
+    if not math.isfinite(spread):
+        raise UsageError("a weight is not finite")
     return float(2.0 ** round(math.log2(spread / (_SPREAD / math.sqrt(3)))))
 
 
@@ -141,10 +158,12 @@ def slot_scale(module: nn.Module) -> torch.Tensor:
 
 def scale_steps(optimizer: Optimizer, module: nn.Module) -> Optimizer:
     """Let an optimizer whose steps do not grow with gradients, as Adam's do not, move each slot by its step over the
-    mean scale of what shares it: so weights move as they would by themselves."""
+    mean scale of what shares it: so weights move as they would by themselves. Decay that is decoupled from the step
+    (AdamW) is left as it is."""
     array: Any = getattr(module, _ARRAY)
     total, count = _sums(module)
-    rate = (count / total.clamp(min=1e-12)).to(array.dtype)
+    rate = (count / total.clamp(min=1e-12)).to(array)
+    (group,) = (g for g in optimizer.param_groups if any(p is array for p in g["params"]))
     before: list[torch.Tensor] = []
 
     def note(*_: Any) -> None:
@@ -152,7 +171,9 @@ def scale_steps(optimizer: Optimizer, module: nn.Module) -> Optimizer:
 
     def scaled(*_: Any) -> None:
         with torch.no_grad():
-            array.copy_(before[0] + (array - before[0]) * rate)
+            decoupled = group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))
+            decayed = before[0] * (1 - group["lr"] * group["weight_decay"] if decoupled else 1)
+            array.copy_(decayed + (array - decayed) * rate)
 
     optimizer.register_step_pre_hook(note)
     optimizer.register_step_post_hook(scaled)

@@ -70,6 +70,8 @@ class ShareLayers(Pass):
         check_least(0, rank=self.rank, generations=self.generations)
         load_method(self.name, self.method)
         OPERATORS.load(self.merge)
+        if self.merge != "average" and self.donor != "merged":
+            raise ValueError(f"option 'merge={self.merge}' says nothing without donor=merged")
 
     @property
     def reads_values(self) -> bool:

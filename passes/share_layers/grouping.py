@@ -141,7 +141,7 @@ def _pooled(task: ShareTask) -> dict[int, torch.Tensor]:
     def see(k: int, value: torch.Tensor) -> None:
         rows = masks[-1].rows(shapes[k], 1)
         samples = rows.samples(value)
-        found[k].extend(s.double().mean(0) if s.dim() == 2 else s.double().flatten(1).mean(1) for s in samples)
+        found[k].extend(_over_positions(sample.double()) for sample in samples)
 
     def tap(k: int) -> Tap:
         return Tap((places[k].name,), lambda value: see(k, value))
@@ -155,6 +155,13 @@ def _pooled(task: ShareTask) -> dict[int, torch.Tensor]:
         if min(map(len, found.values())) >= _SAMPLES:
             break
     return {k: torch.stack(rows[:_SAMPLES]) for k, rows in found.items()}
+
+
+def _over_positions(sample: torch.Tensor) -> torch.Tensor:
+    """The mean of (positions, channels), or of (channels, height, width); (channels,) are their own."""
+    if sample.dim() < 3:
+        return sample.reshape(-1, sample.shape[-1]).mean(0)
+    return sample.flatten(1).mean(1)
 
 
 def _cka(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -12,7 +12,7 @@ from laconic.ir.depth import Block, Depth
 from laconic.ir.errors import UsageError
 from laconic.ir.score import Candidate, Gate, Scorer, Setting, replaced_by
 from laconic.passes.allocate import Class, Space, State, going
-from laconic.passes.deciding import ENTRY, Task, is_matrix
+from laconic.passes.deciding import ENTRY, Task, is_matrix, refuse_quantised
 
 #: How far away a block may look for a donor.
 REACH = 4
@@ -103,6 +103,9 @@ def peers_of(depth: Depth, keep: float) -> tuple[Peers, ...]:
     """
     if not depth.blocks:
         raise UsageError("this model has no blocks that recur", hint="see `laconic audit`")
+    refuse_quantised(
+        depth.program, {row for block in depth.blocks for unit in block.units for row in depth.reads(unit)}
+    )
     groups: dict[int, list[list[int]]] = {}
     why = ""
     for k, block in enumerate(depth.blocks):

@@ -43,7 +43,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "count"),
     [
-        (partial(llama, 5), "num_hidden_layers"),
+        (partial(llama, 5, eos_token_id=[1, 2, 5, 7, 9]), "num_hidden_layers"),
         pytest.param(partial(gpt2, 5), "n_layer", marks=SLOW),
         pytest.param(partial(bert, 5), "num_hidden_layers", marks=SLOW),
         pytest.param(partial(vit, 5), "num_hidden_layers", marks=SLOW),
@@ -59,7 +59,10 @@ def test_blocks_that_are_gone_are_counted_out(build: Any, count: str, tmp_path: 
     gone = [block for block in depth.blocks if block.run == 0 and block.number in (1, 3)]
     short = depth.skip_blocks(gone)
     folder = write_hf(short, tmp_path / "hf")
-    assert json.loads((folder / "config.json").read_text())[count] == 3
+    said = json.loads((folder / "config.json").read_text())
+    assert said[count] == 3
+    ends = said.get("eos_token_id")
+    assert not isinstance(ends, list) or len(ends) == 5, "as many as there were blocks, and not of them"
     module = type(case[0]).from_pretrained(folder).eval()
     assert torch.equal(first_of(module, inputs), first_of(Runnable(short), inputs))
     stored = sum(weight.value.nbytes for weight in short.weights.values() if weight.trainable)

@@ -15,7 +15,7 @@ from architectures import captured, wide
 from helpers import bits
 from laconic.ir.calibration import Calibration
 from laconic.ir.depth import Depth
-from laconic.ir.errors import PipelineError, UsageError, VerificationError
+from laconic.ir.errors import PipelineError, UsageError
 from laconic.ir.inputs import cases
 from laconic.ir.outcomes import Outcomes
 from laconic.ir.program import Program
@@ -138,8 +138,12 @@ def test_bad_input(program: Program) -> None:
             laconic.optimize(program, text, calibration=DATA)
     with pytest.raises(UsageError, match="needs activations"):
         laconic.optimize(program, "collapse-layers")
-    with pytest.raises(VerificationError, match="6 of 6 blocks of run 0 cannot go"):
+    with pytest.raises(UsageError, match="6 of 6 blocks of run 0 cannot go"):
         laconic.optimize(program, "collapse-layers{keep=0.05}", calibration=DATA)
+    with pytest.raises(UsageError, match="cannot be collapsed"):
+        laconic.optimize(program, "share-layers{method=fixed},collapse-layers{keep=0.5}", calibration=DATA)
+    with pytest.raises(UsageError, match="is empty"):
+        laconic.optimize(program, "collapse-layers", calibration=Ragged(()))
     depth = Depth(program)
-    with pytest.raises(VerificationError, match="no blocks that recur"):
+    with pytest.raises(UsageError, match="no blocks that recur"):
         laconic.optimize(depth.skip_blocks(depth.blocks[1:]), "collapse-layers", calibration=DATA)

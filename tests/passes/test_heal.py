@@ -11,6 +11,7 @@ import torch
 import laconic
 from architectures import captured, wide
 from laconic.ir.calibration import Calibration
+from laconic.ir.depth import Depth
 from laconic.ir.errors import PipelineError, UsageError
 from laconic.ir.metrics.registry import load
 from laconic.ir.program import Program
@@ -19,6 +20,7 @@ from laconic.passes.drop_layers import DropLayers
 from laconic.passes.heal import Heal
 from laconic.passes.heal.changed import Change
 from laconic.passes.manager import PassManager
+from laconic.passes.plans import read_plans
 from laconic.passes.share_layers import ShareLayers
 from sequences import Ragged
 
@@ -135,6 +137,50 @@ def test_nothing_is_healed_where_nothing_was_changed(program: Program) -> None:
     run = PassManager([Heal()], calibration=Calibration(DATA)).run(program)
     assert run.ledger.rows[0].reason == "no weight was changed by the passes before"
     assert PassManager([Heal(steps=0)]).run(program).ledger.rows[0].reason == "no steps"
+
+
+@pytest.mark.parametrize(
+    "pipeline", ["share-atoms", "share-atoms{keep=0.25,rank=1}", "share-layers{method=fixed,rank=1}"]
+)
+def test_what_weights_became_is_healed_saved_and_replayed(pipeline: str, program: Program, tmp_path: Path) -> None:
+    """Mixtures, atoms and corrections of one direction too, whose strides could be any."""
+    result = laconic.optimize(program, f"{pipeline},simplify,heal{{steps=2}}", calibration=DATA)
+    made = [row for row, w in result.program.weights.items() if row not in program.weights and w.trainable]
+    assert made
+    before = laconic.optimize(program, pipeline, calibration=DATA).program
+    assert any(not torch.equal(before.weights[row].value, result.program.weights[row].value) for row in made)
+    result.save(tmp_path / "out")
+    for kept, again in zip(result.plans, read_plans(tmp_path / "out"), strict=True):
+        assert again.spec == kept.spec
+        assert again.tensors.keys() == kept.tensors.keys()
+        assert all(torch.equal(again.tensors[name], value) for name, value in kept.tensors.items())
+
+
+def test_what_was_folded_is_not_trained() -> None:
+    """Tables of positions, which an exact pass computed, are no weights."""
+    module = wide(4)
+    inputs = {"input_ids": torch.arange(18).reshape(2, 9), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
+    program = laconic.capture(module, **inputs, use_cache=False)
+    data = [inputs]
+    folded = laconic.optimize(program, "exact").program
+    assert any(row not in program.weights for row in folded.weights)
+    assert not laconic.optimize(program, "exact,heal{steps=2}", calibration=data).report.rows[-1].modified
+    rows = Change(program, DropLayers(method="random").apply(folded, _drawn(folded)).program).rows("changed")
+    assert rows
+    assert all(row in program.weights for row in rows)
+
+
+def _drawn(program: Program) -> Any:
+    return DropLayers(method="random").plan(program, Calibration(DATA))
+
+
+def test_what_stands_beside_branches_that_are_gone_is_trained(program: Program) -> None:
+    """Also where no block is whole any more; of a block that lost one branch the other one."""
+    depth = Depth(program)
+    every = Change(program, depth.skip([depth.units[k] for k in (0, 3, 4, 7)])).rows("changed")
+    assert {int(row.split(".")[2]) for row in every if "proj" in row} == {0, 1, 2, 3}
+    one = Change(program, depth.skip([depth.units[3]])).rows("changed")
+    assert {row.split(".")[3] for row in one if ".1." in row and "proj" in row} == {"self_attn"}
 
 
 def test_a_pipeline_drops_shares_and_heals(program: Program, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 import laconic
 from architectures import captured, gpt2, llama, wide
 from laconic.ir.calibration import Calibration
-from laconic.ir.errors import PipelineError, UsageError, VerificationError
+from laconic.ir.errors import PipelineError, UsageError
 from laconic.ir.inputs import cases
 from laconic.ir.outcomes import Outcomes
 from laconic.ir.program import Program
@@ -138,5 +138,5 @@ def test_bad_input(program: Program) -> None:
             laconic.optimize(program, text)
     with pytest.raises(UsageError, match="needs activations"):
         laconic.optimize(program, "share-atoms{rank=2}")
-    with pytest.raises(VerificationError, match="no attention projections recur"):
+    with pytest.raises(UsageError, match="no attention projections recur"):
         laconic.optimize(Plain().eval(), "share-atoms", inputs=(torch.randn(2, 8),))

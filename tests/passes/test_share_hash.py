@@ -188,6 +188,41 @@ def test_training_needs_the_scaling() -> None:
         assert not math.isfinite(loss_of(False, rate))
 
 
+def test_copies_and_other_dtypes_train_alike() -> None:
+    """A copy has hooks of its own, what is frozen stays, and a converted module may change its dtype."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 32))
+    plain[2].weight.requires_grad_(False)
+    small = share_hash(plain, 0.25, least=100)
+    assert not nn.utils.parametrize.is_parametrized(small[2])
+    x = torch.randn(8, 32)
+    gradients = []
+    for model in (small, copy.deepcopy(small)):
+        model(x).square().sum().backward()
+        gradients.append(model.hash_shared.grad)
+    assert torch.equal(*gradients)
+    for dtype in (torch.bfloat16, torch.float64):
+        assert copy.deepcopy(small).to(dtype)(x.to(dtype)).dtype == dtype
+    with torch.no_grad():
+        plain[0].weight[0, 0] = math.nan
+    with pytest.raises(UsageError, match="not finite"):
+        share_hash(plain, 0.25, least=100)
+
+
+def test_decoupled_decay_is_the_plain_models() -> None:
+    torch.manual_seed(0)
+    plain = nn.Linear(64, 64, bias=False)
+    hashed = share_hash(plain, 1.0, fit=True)
+    chosen = [torch.optim.AdamW(m.parameters(), lr=0.01, weight_decay=0.1) for m in (plain, hashed)]
+    scale_steps(chosen[1], hashed)
+    for model, optimizer in zip((plain, hashed), chosen, strict=True):
+        for _ in range(20):
+            for weight in model.parameters():
+                weight.grad = torch.zeros_like(weight)
+            optimizer.step()
+    torch.testing.assert_close(hashed.weight.detach(), plain.weight.detach(), rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_pass_gives_what_the_fitted_module_gives(dtype: torch.dtype) -> None:
     model = nn.Sequential(nn.Linear(96, 512), nn.ReLU(), nn.Linear(512, 96)).eval().to(dtype)

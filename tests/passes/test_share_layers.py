@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import laconic
-from architectures import captured, llama, wide
+from architectures import captured, gpt2, llama, wide
 from helpers import apart, bits
 from laconic.ir.axes import analyse
 from laconic.ir.calibration import Calibration
 from laconic.ir.capture import capture_module
 from laconic.ir.depth import Depth
-from laconic.ir.errors import PipelineError, UsageError, VerificationError
+from laconic.ir.errors import PipelineError, UsageError
 from laconic.ir.inputs import cases
 from laconic.ir.outcomes import Outcomes
 from laconic.ir.program import Program
@@ -321,13 +321,13 @@ class Masked(nn.Module):
 
 
 def test_what_cannot_be_shared_is_refused(program: Program) -> None:
-    with pytest.raises(VerificationError, match="4 blocks of run 0 cannot be cut into 3 groups of one size"):
+    with pytest.raises(UsageError, match="4 blocks of run 0 cannot be cut into 3 groups of one size"):
         laconic.optimize(program, "share-layers{keep=0.75,method=fixed}", calibration=DATA)
-    with pytest.raises(VerificationError, match="none would keep its weights"):
+    with pytest.raises(UsageError, match="none would keep its weights"):
         laconic.optimize(program, "share-layers{keep=0.05,method=fixed}", calibration=DATA)
     masks = tuple(torch.rand(8) for _ in range(4))
     masked = capture_module(Masked().eval(), (torch.randn(2, 8), *masks), {}, None)
-    with pytest.raises(VerificationError, match="no block could do with the weights of another") as caught:
+    with pytest.raises(UsageError, match="no block could do with the weights of another") as caught:
         laconic.optimize(masked, "share-layers{method=fixed}")
     assert "it reads %" in str(caught.value)
     with pytest.raises(UsageError, match="needs activations"):
@@ -341,6 +341,39 @@ def test_what_cannot_be_shared_is_refused(program: Program) -> None:
     ):
         with pytest.raises(PipelineError, match=said):
             laconic.optimize(program, text, calibration=DATA)
+
+
+def test_units_are_put_in_order_where_queries_keys_and_values_are_one_matrix() -> None:
+    program = captured(wide(4, gpt2), gpt2)
+    after = laconic.optimize(program, "share-layers{method=fixed,align=yes}", calibration=DATA).program
+    assert len(Depth(after).blocks) == 4
+    gone = {row for row in program.weights if row not in after.weights}
+    theirs = {row for row in program.weights if ".1." in row or ".3." in row}
+    assert gone == {row for row in theirs if program.weights[row].value.dim() == 2}
+
+
+class Quantised(nn.Module):
+    """Blocks of one product each, with matrices of whole numbers and a scale for each output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for k in range(4):
+            self.register_buffer(f"whole{k}", torch.randint(-127, 127, (8, 8), dtype=torch.int8))
+            self.register_parameter(f"scale{k}", nn.Parameter(torch.rand(8, 1)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for k in range(4):
+            x = x + F.linear(torch.tanh(x), getattr(self, f"whole{k}") * getattr(self, f"scale{k}"))
+        return x
+
+
+@pytest.mark.parametrize(
+    "pipeline", ["share-layers{method=fixed}", "collapse-layers{keep=0.5,size=2}", "share-hash{least=4}"]
+)
+def test_quantised_weights_are_refused(pipeline: str) -> None:
+    program = capture_module(Quantised().eval(), (torch.randn(2, 8),), {}, None)
+    with pytest.raises(UsageError, match="these weights are quantised"):
+        laconic.optimize(program, pipeline, calibration=[{"x": torch.randn(2, 8)}])
 
 
 def test_blocks_that_share_already_have_nothing_to_share(program: Program) -> None:
