@@ -9,8 +9,8 @@ A trained model says little of itself in a fraction of its numbers, drawn at ran
 trained so from the start is compared with. For that, `share_hash` converts a module, and `scale_steps` an optimizer.
 
 Fires on floating-point parameters of two axes or more and of `least` elements. With `ratio=1` the program is returned
-as it is. `simplify` folds what is computed from constants: behind this pass it would store small weights and
-signs again, up to its `max-bytes` each, so it belongs before.
+as it is. `simplify` folds what is computed from constants: behind this pass it would store the signs of
+small weights one by one, up to its `max-bytes` each, so it belongs before.
 """
 
 from __future__ import annotations
