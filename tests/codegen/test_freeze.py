@@ -106,6 +106,7 @@ SEEN = [step, replaced, tied, loaded, buffer, moved]
 UNSEEN = [copied, through_numpy]
 
 
+@pytest.mark.slow
 def test_without_freeze_weights_may_change_at_any_time() -> None:
     model, eager = built(), built()
     mine = compiled(model, strict=True)

@@ -81,6 +81,7 @@ def test_lists_that_say_something_of_each_block_lose_the_same_ones(tmp_path: Pat
     assert torch.equal(first_of(module, inputs), first_of(Runnable(short), inputs))
 
 
+@pytest.mark.slow
 def test_a_whole_model_with_changed_weights_and_its_tokenizer(tmp_path: Path) -> None:
     torch.manual_seed(0)
     llama(3, tie_word_embeddings=True)[0].save_pretrained(tmp_path / "model")
@@ -125,6 +126,7 @@ def test_blocks_that_share_are_refused(program: Program, tmp_path: Path) -> None
     assert "model.layers.1.mlp.down_proj.weight and model.layers.0.mlp.down_proj.weight" in problem.why
 
 
+@pytest.mark.slow
 def test_what_is_computed_otherwise_is_refused(program: Program, tmp_path: Path) -> None:
     changed = program.clone()
     node = next(node for node in changed.forward.graph.nodes if node.target is torch.ops.aten.silu.default)

@@ -215,9 +215,8 @@ def test_mixtures_of_experts(tmp_path: Path, name: str) -> None:
 # Node counts
 
 
-@pytest.mark.parametrize(
-    "name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "vit", "bert"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gpt2", "vit", "bert"])
 def test_nodes_of_one_layer(name: str) -> None:
     limit, each = LIMITS[name]
     graph = to_onnx(captured(name, 1), 20).graph

@@ -82,6 +82,7 @@ def test_sides_take_as_many_as_the_whole_does() -> None:
     assert said(program, "text", IDS.repeat(3, 1), MASK.repeat(3, 1)).shape[0] == 6
 
 
+@pytest.mark.slow
 def test_passes_rewrite_all_sides(clip: laconic.Result, tmp_path: Path) -> None:
     """What is saved has them, and each can be written as a file."""
     assert clip.report.verified

@@ -277,6 +277,7 @@ def test_a_run_goes_on_with_more_memory(subject: tuple[Any, Program], tmp_path: 
         assert [int(found[statistic]["rows"]) for statistic in wanted] == [90, 90, 90]
 
 
+@pytest.mark.slow
 def test_an_encoder_and_a_decoder_have_masks_of_their_own() -> None:
     torch.manual_seed(0)
     model, inputs, axes = t5(2, 2)

@@ -34,6 +34,7 @@ def test_no_package_is_in_two_splits() -> None:
     assert not groups[Split.CALIBRATION] & (groups[Split.TEST] | groups[Split.SELECTION])
 
 
+@pytest.mark.slow
 def test_training_leaves_out_what_is_held_out() -> None:
     training = corpus.training_documents()
     held = [d for kind in (Split.SELECTION, Split.TEST) for d in committed(kind)]

@@ -233,6 +233,7 @@ def _canvases() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
 
 
+@pytest.mark.slow
 def test_canvases_from_a_file_overlap_with_those_of_their_split(caplog: pytest.LogCaptureFixture) -> None:
     program: Any = None  # canvases need none
     drawn = NamedData("x.npz", {"pixel_values": datasets.draw(Split.TEST, QUADRANTS).pixels}, inputs=["pixel_values"])

@@ -51,7 +51,7 @@ def gone(plan: Any) -> list[str]:
     return [action["layer"] for action in plan.actions if action["rule"] == "drop block"]
 
 
-@pytest.mark.parametrize("mode", ["rdsc", "replace"])
+@pytest.mark.parametrize("mode", ["rdsc", pytest.param("replace", marks=pytest.mark.slow)])
 def test_what_it_does_is_what_the_formula_says(mode: Any, module: nn.Module, program: Program) -> None:
     """At a threshold that everything passes the topmost blocks go first."""
     item = CollapseLayers(keep=0.5, mode=mode, size=3, interval=2, threshold=-1.0)
@@ -77,6 +77,7 @@ def test_what_it_does_is_what_the_formula_says(mode: Any, module: nn.Module, pro
         torch.testing.assert_close(ours.results[0], theirs.results[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_what_adds_nothing_is_found_by_its_likeness() -> None:
     """Blocks of zeros: putting one into another (replace) would lose it, adding (rdsc) loses it too; at a threshold
     near one only what is beside them may go."""

@@ -140,7 +140,12 @@ def test_nothing_is_healed_where_nothing_was_changed(program: Program) -> None:
 
 
 @pytest.mark.parametrize(
-    "pipeline", ["share-atoms", "share-atoms{keep=0.25,rank=1}", "share-layers{method=fixed,rank=1}"]
+    "pipeline",
+    [
+        pytest.param("share-atoms", marks=pytest.mark.slow),
+        "share-atoms{keep=0.25,rank=1}",
+        pytest.param("share-layers{method=fixed,rank=1}", marks=pytest.mark.slow),
+    ],
 )
 def test_what_weights_became_is_healed_saved_and_replayed(pipeline: str, program: Program, tmp_path: Path) -> None:
     """Mixtures, atoms and corrections of one direction too, whose strides could be any."""
@@ -157,6 +162,7 @@ def test_what_weights_became_is_healed_saved_and_replayed(pipeline: str, program
         assert all(torch.equal(again.tensors[name], value) for name, value in kept.tensors.items())
 
 
+@pytest.mark.slow
 def test_what_was_folded_is_not_trained() -> None:
     """Tables of positions, which an exact pass computed, are no weights."""
     module = wide(4)

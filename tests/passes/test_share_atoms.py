@@ -39,7 +39,7 @@ def near(after: Program, wanted: Program, like: Program, **how: float) -> None:
         torch.testing.assert_close(ours.results[0], theirs.results[0], **how)
 
 
-@pytest.mark.parametrize("lowering", ["rebuild", "mix"])
+@pytest.mark.parametrize("lowering", ["rebuild", pytest.param("mix", marks=pytest.mark.slow)])
 def test_what_is_computed_is_the_plain_module_with_mixed_matrices(
     lowering: Any, module: nn.Module, program: Program
 ) -> None:
