@@ -68,9 +68,9 @@ def share_hash(module: nn.Module, ratio: float, *, least: int = 1024, seed: int 
             firsts[id(weight)] = total
             total += weight.numel()
     fold = RandomFold(total, max(1, int(ratio * total)), seed)
-    table = fold.table
-    draw = torch.Generator().manual_seed(seed)
     device, trained = getattr(*places[0]).device, getattr(*places[0]).requires_grad
+    table = fold.table.to(device)
+    draw = torch.Generator().manual_seed(seed)
     drawn = (torch.rand(fold.slots, generator=draw) * 2 - 1) * _SPREAD
     array = nn.Parameter(drawn.to(device), requires_grad=trained)
     known = {id(w): (w, first) for w, first in ((getattr(o, n), firsts[id(getattr(o, n))]) for o, n in places)}
