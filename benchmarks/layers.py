@@ -32,7 +32,7 @@ from laconic.ir.program import Program
 from laconic.ir.quality import Units, difference, figure, measure
 from laconic.ir.types import nbytes
 from laconic.machine import machine
-from laconic.passes.pipeline import parse_pipeline
+from laconic.passes.pipeline import parse_pipeline, print_pipeline
 from laconic.passes.share_layers.task import ShareTask, peers_of
 from laconic.sources import opened
 
@@ -100,21 +100,24 @@ class Model:
         plain = [metric for metric in self.metrics if not metric.reference]
         (self.own,) = measure([self.program], self.test, plain)
         self._known: dict[str, dict[str, Units]] = {}
+        self._steps: dict[tuple[str, int], tuple[Program, str, float]] = {}
 
     def row(self, pipeline: str, seed: int) -> dict[str, Any]:
         """A pipeline's result, measured."""
-        program, start = self.program, time.process_time()
+        program, said, seconds = self.program, list[str](), 0.0
         decided = Calibration(self.calibration, seed, original=self.program)
-        said = []
+        passes = parse_pipeline(pipeline)
         try:
-            for item in parse_pipeline(pipeline):
-                plan = item.plan(program, decided)
-                result = item.apply(program, plan)
-                program = result.program
-                said.append(result.reason)
+            for k, item in enumerate(passes):
+                key = print_pipeline(passes[: k + 1]), seed
+                if key not in self._steps:  # what several pipelines begin with is decided once
+                    start = time.process_time()
+                    result = item.apply(program, item.plan(program, decided))
+                    self._steps[key] = result.program, result.reason, time.process_time() - start
+                program, reason, took = self._steps[key]
+                said, seconds = [*said, reason], seconds + took
         except LaconicError as problem:
             return {"model": self.name, "pipeline": pipeline, "seed": seed, "refused": problem.what}
-        seconds = time.process_time() - start
         units = self._measured(program)
         figures = {metric.name: asdict(figure(metric, units[metric.name])) for metric in self.metrics}
         for metric in self.metrics:
