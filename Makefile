@@ -31,6 +31,7 @@ bench: $(READY)
 
 tables: $(READY)
 	$(BIN)/python benchmarks/tables.py
+	@$(BIN)/python -c "import matplotlib" 2>/dev/null && $(BIN)/python benchmarks/plots.py || echo "no plots: pip install matplotlib"
 
 matrix: $(READY)
 	$(BIN)/python benchmarks/support_matrix.py --jobs $(JOBS)

@@ -65,7 +65,8 @@ def draw_layers() -> None:
             panel.set(title=f"{model}: {title}", xlabel="share of the blocks' bytes", yscale="log")
             panel.set_ylabel("divergence, nats (test split)")
             panel.invert_xaxis()
-            panel.legend(fontsize=6)
+            if panel.get_lines():
+                panel.legend(fontsize=6)
     figure.tight_layout()
     FOLDER.mkdir(exist_ok=True)
     figure.savefig(LAYERS, metadata={"Date": None})

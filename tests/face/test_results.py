@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "benchmarks")]
 
+import plots  # noqa: E402
 import tables  # noqa: E402
 import training  # noqa: E402
 
@@ -114,3 +115,10 @@ def test_layers() -> None:
         if "drop-layers" in pipeline and pipeline.endswith("method=search}"):
             other = kl[model, pipeline.replace("search", "influence")]
             assert figure["low"] <= other["high"], f"{pipeline} on {model}"
+        best = kl.get((model, pipeline.replace("method=search", "method=exhaustive")))
+        if "method=search" in pipeline and best is not None:
+            assert figure["value"] <= 1.02 * best["value"], f"{pipeline} on {model}"
+
+
+def test_the_plot_of_layers_shows_the_results() -> None:
+    assert f"layers.json {plots.digest('layers')}" in plots.LAYERS.read_text()
