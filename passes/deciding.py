@@ -25,7 +25,6 @@ _SIEVE, _FINAL = 2048, 32768
 #: States beyond which nobody wants to wait for all of them.
 _MOST = 20_000
 
-
 #: The entry that decisions are made on.
 ENTRY = "forward"
 

@@ -203,21 +203,18 @@ class PassManager:
         run = state.run
         for instrument in self.instruments:
             instrument.before_pass(position, item, run.program)
-        start = time.perf_counter()
+        start, planned = time.perf_counter(), False
         try:
             plan = self.plans[position] if self.plans else None
-            try:
-                plan = plan or self._timed(Phase.PLAN, item.plan, run.program, state.calibration)
-            except UsageError as problem:
-                raise self._blame(problem, position, item, run, refused=True) from problem
+            plan = plan or self._timed(Phase.PLAN, item.plan, run.program, state.calibration)
+            planned = True
             result = self._timed(Phase.APPLY, item.apply, run.program, plan)
             seconds = time.perf_counter() - start
             self._timed(Phase.VERIFY, self._verify, state, item, result)
             gap = self._timed(Phase.CHECK, self._check, state, item, result)
         except LaconicError as problem:
-            if isinstance(problem.__cause__, UsageError):
-                raise
-            raise self._blame(problem, position, item, run) from problem
+            refused = not planned and isinstance(problem, UsageError)
+            raise self._blame(problem, position, item, run, refused=refused) from problem
         except Exception as problem:  # a pass that crashes, or leaves what cannot be printed or run
             crash = VerificationError(f"{type(problem).__name__}: {problem}")
             if self.plans and isinstance(problem, KeyError):

@@ -63,8 +63,8 @@ class Change:
                     near += step
                 if 0 <= near < len(units) and units[near][1].run == run:
                     found |= units[near][1].rows
-        if len(Depth(self.program).blocks) < len(whole.blocks):  # of blocks that share all, none takes weights along
-            found |= self.blocks if not found else set()
+        if not found and len(Depth(self.program).blocks) < len(whole.blocks):
+            found = self.blocks  # of blocks that share all, none takes weights along
         return found.intersection(self.trainable)
 
     def _gone(self, unit: Unit) -> bool:
