@@ -9,10 +9,11 @@ from pathlib import Path
 from laconic.ir.calibrate import Progress, calibrate
 from laconic.ir.data import Data
 from laconic.ir.errors import UsageError
+from laconic.ir.gated import Gate
 from laconic.ir.metrics.base import Metric
 from laconic.ir.metrics.registry import load as load_metric
 from laconic.ir.program import Program
-from laconic.ir.score import Gate, Scorer
+from laconic.ir.score import Scorer
 from laconic.ir.statistics.base import Statistic, Statistics
 
 

@@ -180,9 +180,11 @@ class _Judge:
         self._fitness, self.judged = fitness, 0
 
     def best(self, states: Sequence[State], count: int, batches: Sequence[int]) -> list[tuple[float, State]]:
-        """The `count` best, the best first; of equals the first."""
+        """The `count` best, the best first; of equals the first. Those that begin alike are judged one behind the
+        other."""
         self.judged += len(states) * len(batches)
-        rated = [(_real(self._fitness(state, batches)), k, state) for k, state in enumerate(states)]
+        order = sorted(range(len(states)), key=states.__getitem__)
+        rated = [(_real(self._fitness(states[k], batches)), k, states[k]) for k in order]
         return [(value, state) for value, _, state in sorted(rated)[:count]]
 
 
@@ -247,9 +249,10 @@ def _offspring(space: Space, parent: State, settings: Evolution, draw: random.Ra
 def exhaustive(
     space: Space, fitness: Fitness, batches: Sequence[int], *, progress: Progress = lambda done, total: None
 ) -> Found:
-    """The best of all legal states, on these batches."""
+    """The best of all legal states, on these batches; of equals the first. Those that begin alike come one behind the
+    other."""
     total, best = space.size(), None
-    for k, state in enumerate(space.states()):
+    for k, state in enumerate(sorted(space.states())):
         value = _real(fitness(state, batches))
         best = min(best or (value, k, state), (value, k, state))
         progress(k + 1, total)

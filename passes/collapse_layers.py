@@ -24,8 +24,8 @@ from laconic.ir.calibration import Calibration
 from laconic.ir.data import Data, flat_inputs, running
 from laconic.ir.depth import Block, Depth
 from laconic.ir.errors import UsageError
+from laconic.ir.gated import Candidate, Gate, Gated, Instead, replaced_by
 from laconic.ir.program import Program
-from laconic.ir.score import Candidate, Gate, Gated, passed_by, replaced_by
 from laconic.passes.allocate import going
 from laconic.passes.base import Contract, Needs, Pass, Plan
 from laconic.passes.deciding import ENTRY, is_matrix, placed, refuse_quantised
@@ -158,11 +158,11 @@ class _Collapse:
     ) -> None:
         self._program, self._depth, self._blocks, self._item, self._budget = program, depth, blocks, item, budget
         self._size = item.size or max(2, len(blocks) // 6)
-        ends = [depth.branches(b.units[0].stream, b.units[0].place)[ENTRY].v.name for b in blocks]
+        self._before = [depth.branches(b.units[0].stream, b.units[0].place)[ENTRY].v.name for b in blocks]
         outs = [depth.branches(b.units[-1].stream, b.units[-1].place)[ENTRY].out.name for b in blocks]
         nodes = program.entries[ENTRY].weight_nodes()
         self._rows = [self._matrices(block) for block in blocks]
-        gates = [Gate(f"block {b.number}", out, beside=v) for b, v, out in zip(blocks, ends, outs, strict=True)]
+        gates = [Gate(f"block {b.number}", out) for b, out in zip(blocks, outs, strict=True)]
         gates += [Gate(row, nodes[row].name) for rows in self._rows for row in rows]
         gates.append(Gate("end", outs[-1]))  # acts behind the last block's own
         self._seen: list[torch.Tensor] = []
@@ -226,8 +226,8 @@ class _Collapse:
         return sum(each) / len(each) if all(map(math.isfinite, each)) else -math.inf
 
     def _candidate(self, model: _Model) -> Candidate:
-        gone = [block for block in self._blocks if block not in model.left]
-        found: dict[str, Any] = {f"block {block.number}": passed_by for block in gone}
+        gone = [(block, v) for block, v in zip(self._blocks, self._before, strict=True) if block not in model.left]
+        found: dict[str, Any] = {f"block {block.number}": Instead(v) for block, v in gone}
         return found | {row: replaced_by(value) for row, value in model.held.items()}
 
     def _last(self, candidate: Candidate) -> list[torch.Tensor]:

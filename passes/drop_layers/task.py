@@ -9,7 +9,8 @@ from functools import cached_property
 
 from laconic.ir.depth import Block, Depth, Unit
 from laconic.ir.errors import UsageError
-from laconic.ir.score import Gate, Scorer, Setting, passed_by, scaled_by
+from laconic.ir.gated import Gate, Instead, Setting, scaled_by
+from laconic.ir.score import Scorer
 from laconic.ir.types import nbytes
 from laconic.passes.allocate import Class, Space, State, going
 from laconic.passes.deciding import ENTRY, Task
@@ -53,7 +54,7 @@ class DropTask(Task):
 
     def candidate(self, state: State) -> dict[str, Setting]:
         """What the gates do in a state."""
-        return {layer.name: passed_by for layer, level in zip(self.layers, state, strict=True) if level}
+        return {layer.name: Instead(layer.v) for layer, level in zip(self.layers, state, strict=True) if level}
 
     def fitness(self, state: State, batches: Sequence[int]) -> float:
         return self.scorer(self.candidate(state), batches)

@@ -10,7 +10,8 @@ import torch
 
 from laconic.ir.depth import Block, Depth
 from laconic.ir.errors import UsageError
-from laconic.ir.score import Candidate, Gate, Scorer, Setting, replaced_by
+from laconic.ir.gated import Candidate, Gate, Instead, Setting, replaced_by
+from laconic.ir.score import Scorer
 from laconic.passes.allocate import Class, Space, State, going
 from laconic.passes.deciding import ENTRY, Task, is_matrix, refuse_quantised
 
@@ -24,11 +25,12 @@ Sharing = tuple[int, ...]
 @dataclass(frozen=True)
 class Peers:
     """Blocks of one run, in order, that read nothing of their own but weights and states; so many of them keep their
-    weights."""
+    weights. `protected` others like them take no part."""
 
     run: int
     blocks: tuple[int, ...]
     donors: int
+    protected: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,12 @@ class ShareTask(Task):
 
     def candidate(self, sharing: Sharing, merged: Mapping[str, torch.Tensor] | None = None) -> Candidate:
         """What the gates do under a sharing, where donors hold what was `merged`."""
-        donated = {row: value.detach() for row, value in (merged or {}).items()}
-        found: dict[str, Setting] = {row: replaced_by(value) for row, value in donated.items()}
+        nodes = self.program.entries[ENTRY].weight_nodes()
+        found: dict[str, Setting] = {row: replaced_by(value.detach()) for row, value in (merged or {}).items()}
         for block, donor in enumerate(sharing):
             for row, other in self.shared(block, donor).items() if block != donor else ():
-                found[row] = replaced_by(donated.get(other, self.program.weights[other].value.detach()))
+                if row in nodes:
+                    found[row] = Instead(nodes[other].name)
         return found
 
     def settled(self, sharing: Sharing) -> Sharing:
@@ -96,8 +99,9 @@ class ShareTask(Task):
         return self.scorer(self.candidate(self.nearest(state)), batches)
 
 
-def peers_of(depth: Depth, keep: float) -> tuple[Peers, ...]:
-    """The blocks that may share, with how many keep their weights: `keep` of each, rounded.
+def peers_of(depth: Depth, keep: float, protect: int = 0) -> tuple[Peers, ...]:
+    """The blocks that may share, with how many keep their weights: `keep` of each, rounded. The first and last
+    `protect` of them keep theirs, and no other block reads them.
 
     Raises UsageError if there are none, or none of a run could do with another's weights, or none would stay.
     """
@@ -123,8 +127,13 @@ def peers_of(depth: Depth, keep: float) -> tuple[Peers, ...]:
         raise UsageError("no block could do with the weights of another one", why=why)
     peers = []
     for run, group in found:
-        donors = len(group) - going(keep, len(group))
-        if not donors:
-            raise UsageError(f"of {len(group)} blocks of run {run} none would keep its weights", hint="keep more")
-        peers.append(Peers(run, tuple(group), donors))
+        inner = group[protect : len(group) - protect]
+        donors = len(inner) - going(keep, len(group))
+        if donors < 1:
+            among = f"the {len(inner)} of {len(group)} blocks" if protect else f"{len(group)} blocks"
+            raise UsageError(
+                f"of {among} of run {run} that may share none would keep its weights",
+                hint="keep more, or protect less" if protect else "keep more",
+            )
+        peers.append(Peers(run, tuple(inner), donors, len(group) - len(inner)))
     return tuple(peers)

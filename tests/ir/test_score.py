@@ -13,12 +13,13 @@ from laconic.ir.capture import capture_module
 from laconic.ir.data import Data
 from laconic.ir.errors import UsageError
 from laconic.ir.evidence import boundaries
+from laconic.ir.gated import Gate
 from laconic.ir.interpret import Interpreter
 from laconic.ir.metrics.costs import Latency
 from laconic.ir.metrics.quality import Divergence, Nats
 from laconic.ir.program import Program
 from laconic.ir.quality import named_results
-from laconic.ir.score import Gate, Scorer
+from laconic.ir.score import Scorer
 from laconic.ir.structure import entry_structure
 from sequences import Ragged
 
