@@ -10,9 +10,10 @@
 - `fixed`: consecutive groups of one size; `crash`: clusters of alike outputs; `functional`: each replacement by itself;
 - `exhaustive`, `random`: what these are measured against.
 
-`donor` says what a group reads: the block that the method names (`own`), its `first` or `middle` block's weights, or
-all of them `merged` by the operator `merge`. `align` puts hidden units and heads of each block in the donor's order
-first. `rank` gives each block that shares what it then misses, whitened by its inputs, as two narrow matrices.
+`protect` blocks at either end take no part. `donor` says what a group reads: the block that the method names (`own`),
+its `first` or `middle` block's weights, or all of them `merged` by the operator `merge`. `align` puts hidden units and
+heads of each block in the donor's order first. `rank` gives each block that shares what it then misses, whitened by its
+inputs, as two narrow matrices.
 
 Fires where blocks recur and differ in weights alone. Refused: blocks with other masks, groups that do not divide.
 With `keep=1` the program is returned as it is.
@@ -49,11 +50,13 @@ _ALIGN, _MERGE, _SHARE, _CORRECT = "align", "merge", "share", "correct"
 
 @dataclass(frozen=True)
 class ShareLayers(Pass):
-    """`generations`: of the search, 0 for k (n - k) / 1.5 where k of n blocks share. Raises ValueError for shares and
-    ranks that are none, and UsageError for an unknown method or operator."""
+    """`protect`: so many at either end of a run take no part. `generations`: of the search, 0 for k (n - k) / 1.5 where
+    k of n blocks share. Raises ValueError for shares and ranks that are none, and UsageError for an unknown method or
+    operator."""
 
     keep: float = 0.5
     method: str = "search"
+    protect: int = 0
     donor: Literal["own", "first", "middle", "merged"] = "own"
     merge: str = "average"
     align: bool = False
@@ -67,7 +70,7 @@ class ShareLayers(Pass):
 
     def __post_init__(self) -> None:
         check_share("keep", self.keep)
-        check_least(0, rank=self.rank, generations=self.generations)
+        check_least(0, protect=self.protect, rank=self.rank, generations=self.generations)
         load_method(self.name, self.method)
         OPERATORS.load(self.merge)
         if self.merge != "average" and self.donor != "merged":
@@ -149,7 +152,8 @@ class ShareLayers(Pass):
 
 def _task(item: ShareLayers, program: Program, calibration: Calibration | None) -> ShareTask:
     depth = Depth(program)
-    return ShareTask(program, depth, calibration, item.generations, peers_of(depth, item.keep))
+    peers = peers_of(depth, item.keep, item.protect)
+    return ShareTask(program, depth, calibration, item.generations, peers)
 
 
 def _touched(task: ShareTask, sharing: Sharing) -> list[str]:

@@ -41,7 +41,8 @@ def _near(peers: Peers) -> float:
     """The share nearest to what was asked for by which the blocks can be cut."""
     count = len(peers.blocks)
     counts = [n for n in range(1, count + 1) if count % n == 0]
-    return min(counts, key=lambda n: abs(n - peers.donors)) / count
+    donors = min(counts, key=lambda n: abs(n - peers.donors))
+    return (peers.protected + donors) / (peers.protected + count)
 
 
 def search(task: ShareTask) -> Sharing:

@@ -29,6 +29,7 @@ from laconic.passes.low_rank import whitened
 from laconic.passes.manager import PassManager
 from laconic.passes.methods import methods_of
 from laconic.passes.share_layers import ShareLayers
+from laconic.passes.share_layers.grouping import fixed
 from laconic.passes.share_layers.task import ShareTask, peers_of
 from sequences import Ragged
 
@@ -305,6 +306,27 @@ def test_caches_stay_each_blocks_own_and_it_generates() -> None:
     assert tokens.shape[1] <= 8
     for name in ("prefill", "decode"):
         assert sum("_inner" in row for row in result.program.entries[name].weight_nodes()) == 14
+
+
+@pytest.mark.parametrize("method", ["fixed", "crash", "random", "functional"])
+def test_protected_blocks_take_no_part(method: str, program: Program) -> None:
+    plan = ShareLayers(keep=0.75, method=method, protect=1).plan(program, DECIDED)
+    (action,) = plan.actions
+    assert {action["block"], action["donor"]} == {1, 2}
+    with pytest.raises(UsageError, match="the 2 of 4 blocks of run 0 that may share none would keep") as caught:
+        ShareLayers(keep=0.5, method=method, protect=1).plan(program, DECIDED)
+    assert caught.value.hint == "keep more, or protect less"
+
+
+def test_a_share_that_divides_is_told() -> None:
+    depth = Depth(captured(wide(8)))
+    (peers,) = peers_of(depth, 0.75, protect=1)
+    assert (peers.blocks, peers.donors, peers.protected) == ((1, 2, 3, 4, 5, 6), 4, 2)
+    with pytest.raises(UsageError, match="6 blocks of run 0 cannot be cut into 4 groups") as caught:
+        fixed(ShareTask(depth.program, depth, None, 0, (peers,)))
+    assert caught.value.hint == "keep=0.625, or method=search"
+    (peers,) = peers_of(depth, 0.625, protect=1)
+    assert fixed(ShareTask(depth.program, depth, None, 0, (peers,))) == (0, 1, 1, 3, 3, 5, 5, 7)
 
 
 class Masked(nn.Module):
