@@ -5,7 +5,8 @@
 
 From the top down, `size` blocks at a time are tried; what leaves the last block's output, on a few samples, nearer than
 `threshold` to the original's by its cosine is kept, and the next try begins `interval` blocks further down. If the
-blocks do not suffice at this threshold, it is lowered by a tenth and all begins anew.
+blocks do not suffice at this threshold, it is lowered by a twentieth and all begins anew: the highest one at which they
+do is the one that counts. (The published 0.45 is one for a given model and budget.)
 
 Yang et al. 2024, "LaCo: Large Language Model Pruning via Layer Collapse", arXiv:2402.11187. Its published code
 subtracts the layer that is being changed, by which the sum becomes the last block's weights: that is `replace`.
@@ -32,7 +33,7 @@ from laconic.passes.deciding import ENTRY, is_matrix, placed, refuse_quantised
 from laconic.passes.options import check_least, check_share
 
 _SAMPLES = 5
-_LOWER = 0.1
+_LOWER = 0.05
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class CollapseLayers(Pass):
     mode: Literal["rdsc", "replace"] = "rdsc"
     size: int = 0
     interval: int = 1
-    threshold: float = 0.45
+    threshold: float = 0.95
 
     name: ClassVar[str] = "collapse-layers"
     summary: ClassVar[str] = "let one block hold what several add up to"
