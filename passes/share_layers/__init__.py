@@ -13,7 +13,8 @@
 `protect` blocks at either end take no part. `donor` says what a group reads: the block that the method names (`own`),
 its `first` or `middle` block's weights, or all of them `merged` by the operator `merge`. `align` puts hidden units and
 heads of each block in the donor's order first. `rank` gives each block that shares what it then misses, whitened by its
-inputs, as two narrow matrices.
+inputs, as two narrow matrices; a matrix that is no larger than these stays. `donors`, less than `keep`, says how many
+blocks keep their weights then: what that spares goes to corrections, of the rank that it pays for.
 
 Fires where blocks recur and differ in weights alone. Refused: blocks with other masks, groups that do not divide.
 With `keep=1` the program is returned as it is.
@@ -34,6 +35,7 @@ from laconic.ir.errors import UsageError
 from laconic.ir.program import Program
 from laconic.ir.rewrite import find
 from laconic.passes.aligning import match
+from laconic.passes.allocate import going
 from laconic.passes.axes import class_action, named
 from laconic.passes.base import Contract, Needs, Pass, Plan
 from laconic.passes.deciding import place_of, placed
@@ -50,9 +52,9 @@ _ALIGN, _MERGE, _SHARE, _CORRECT = "align", "merge", "share", "correct"
 
 @dataclass(frozen=True)
 class ShareLayers(Pass):
-    """`protect`: so many at either end of a run take no part. `generations`: of the search, 0 for k (n - k) / 1.5 where
-    k of n blocks share. Raises ValueError for shares and ranks that are none, and UsageError for an unknown method or
-    operator."""
+    """`protect`: so many at either end of a run take no part. `donors`: 0 for as many as `keep`. `generations`: of the
+    search, 0 for k (n - k) / 1.5 where k of n blocks share. Raises ValueError for shares and ranks that are none, and
+    UsageError for an unknown method or operator."""
 
     keep: float = 0.5
     method: str = "search"
@@ -61,6 +63,7 @@ class ShareLayers(Pass):
     merge: str = "average"
     align: bool = False
     rank: int = 0
+    donors: float = 0.0
     generations: int = 0
 
     name: ClassVar[str] = "share-layers"
@@ -71,6 +74,12 @@ class ShareLayers(Pass):
     def __post_init__(self) -> None:
         check_share("keep", self.keep)
         check_least(0, protect=self.protect, rank=self.rank, generations=self.generations)
+        if self.donors:
+            check_share("donors", self.donors)
+            if self.rank:
+                raise ValueError("options 'rank' and 'donors' both say how much is corrected")
+            if self.donors >= self.keep:
+                raise ValueError(f"option 'donors' is less than keep={self.keep:g}, not {self.donors:g}")
         load_method(self.name, self.method)
         OPERATORS.load(self.merge)
         if self.merge != "average" and self.donor != "merged":
@@ -87,14 +96,14 @@ class ShareLayers(Pass):
         merged = self.merge if self.donor == "merged" else ""
         if merged == "fisher":
             return Needs.GRADIENTS
-        plain = self.method == "fixed" and merged != "regmean" and not self.rank
+        plain = self.method == "fixed" and merged != "regmean" and not (self.rank or self.donors)
         return Needs.NOTHING if plain else Needs.ACTIVATIONS
 
     def plan(self, program: Program, calibration: Calibration | None = None) -> Plan:
         if self.keep == 1:
             return Plan(self.spec, reason="all blocks keep their weights")
         task = _task(self, program, calibration)
-        if all(p.donors == len(p.blocks) for p in task.peers):
+        if not any(going(self.keep, peers.of) for peers in task.peers):
             return Plan(self.spec, reason=f"{1 - self.keep:.0%} of the blocks is less than half a block")
         sharing: Sharing = elected(load_method(self.name, self.method)(task), self.donor)
         if not any(task.shared(k, donor) for k, donor in enumerate(sharing) if k != donor):
@@ -104,12 +113,12 @@ class ShareLayers(Pass):
             actions += _alignments(task, sharing)
             task = _task(self, _aligned(program.clone(), actions), calibration)
         inputs = Inputs(task)
-        if self.rank or (self.donor == "merged" and self.merge == "regmean"):
+        if task.rank or (self.donor == "merged" and self.merge == "regmean"):
             inputs.gather(_touched(task, sharing))
         merged = merged_rows(task, sharing, self.merge, inputs) if self.donor == "merged" else {}
         actions += _shares(task, sharing, merged)
         tensors |= {f"merged.{row}": value for row, value in merged.items()}
-        for row, made in corrections(task, sharing, merged, self.rank, inputs).items() if self.rank else ():
+        for row, made in corrections(task, sharing, merged, inputs).items() if task.rank else ():
             tensors |= {f"outer.{row}": made.outer, f"inner.{row}": made.inner}
             actions.append(_at(task, row) | {"rule": _CORRECT, "row": row, "left": made.left})
         return Plan(self.spec, tuple(actions), tensors)
@@ -152,8 +161,11 @@ class ShareLayers(Pass):
 
 def _task(item: ShareLayers, program: Program, calibration: Calibration | None) -> ShareTask:
     depth = Depth(program)
-    peers = peers_of(depth, item.keep, item.protect)
-    return ShareTask(program, depth, calibration, item.generations, peers)
+    peers = peers_of(depth, item.donors or item.keep, item.protect)
+    task = ShareTask(program, depth, calibration, item.generations, peers, item.rank)
+    if item.donors and any(going(item.keep, p.of) for p in peers):
+        return replace(task, rank=task.affordable(item.keep, item.donor == "merged"))
+    return task
 
 
 def _touched(task: ShareTask, sharing: Sharing) -> list[str]:

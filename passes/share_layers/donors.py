@@ -136,9 +136,10 @@ def _squares(task: ShareTask, rows: set[str]) -> dict[str, torch.Tensor]:
 
 
 def corrections(
-    task: ShareTask, sharing: Sharing, merged: Mapping[str, torch.Tensor], rank: int, inputs: Inputs
+    task: ShareTask, sharing: Sharing, merged: Mapping[str, torch.Tensor], inputs: Inputs
 ) -> dict[str, Correction]:
-    """For each row that stands for nothing any more, and for donors that were merged, what it misses, by the rank."""
+    """For each row that stands for nothing any more, and for donors that were merged, what it misses, by the task's
+    rank."""
     program, found = task.program, {}
     pairs = {row: other for k, d in enumerate(sharing) if k != d for row, other in task.shared(k, d).items()}
     pairs |= {row: row for row in merged}
@@ -150,5 +151,5 @@ def corrections(
         missing = program.weights[row].value.detach().double() - now.double()
         if bool((missing == 0).all()):
             continue
-        found[row] = correction_of(use, missing, known, rank, program.weights[row].value.dtype)
+        found[row] = correction_of(use, missing, known, task.rank, program.weights[row].value.dtype)
     return found

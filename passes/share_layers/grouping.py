@@ -42,7 +42,7 @@ def _near(peers: Peers) -> float:
     count = len(peers.blocks)
     counts = [n for n in range(1, count + 1) if count % n == 0]
     donors = min(counts, key=lambda n: abs(n - peers.donors))
-    return (peers.protected + donors) / (peers.protected + count)
+    return (peers.protected + donors) / peers.of
 
 
 def search(task: ShareTask) -> Sharing:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,12 +34,19 @@ class Peers:
     donors: int
     protected: int = 0
 
+    @property
+    def of(self) -> int:
+        """How many blocks a share is one of."""
+        return len(self.blocks) + self.protected
+
 
 @dataclass(frozen=True)
 class ShareTask(Task):
-    """Blocks, and how many of which keep weights of their own."""
+    """Blocks, and how many of which keep weights of their own. `rank`: that of the corrections that others get; a
+    matrix which takes no more room than its correction would is not shared."""
 
     peers: tuple[Peers, ...]
+    rank: int = 0
 
     @property
     def blocks(self) -> Sequence[Block]:
@@ -52,7 +61,33 @@ class ShareTask(Task):
         """The rows that a block gives up for another's: its matrices. Vectors stay its own."""
         pairs = self.depth.pairs(self.blocks[block], self.blocks[donor])
         own = self.blocks[block].rows
-        return {row: other for row, other in pairs.items() if row in own and is_matrix(self.program, row)}
+        matrices = {row: other for row, other in pairs.items() if row in own and is_matrix(self.program, row)}
+        return {row: other for row, other in matrices.items() if self.corrected(row, self.rank) < self.size(row)}
+
+    def size(self, row: str) -> int:
+        """How many numbers a row holds."""
+        return self.program.weights[row].value.numel()
+
+    def corrected(self, row: str, rank: int) -> int:
+        """How many numbers a correction of a matrix takes."""
+        outputs, *inputs = self.program.weights[row].value.shape
+        return rank * (outputs + math.prod(inputs))
+
+    def affordable(self, keep: float, merged: bool) -> int:
+        """The greatest rank at which the matrices of these blocks, corrections among them, take no more than if `keep`
+        of the blocks kept theirs; donors that are `merged` are corrected too. Raises UsageError if there is none."""
+        spared, each, rank = 0, Counter[tuple[int, int]](), 0
+        for peers in self.peers:
+            own = [row for row in self.blocks[peers.blocks[0]].rows if is_matrix(self.program, row)]
+            sharing = len(peers.blocks) - peers.donors
+            spared += (sharing - going(keep, peers.of)) * sum(map(self.size, own))
+            for row in own:
+                each[self.size(row), self.corrected(row, 1)] += len(peers.blocks) if merged else sharing
+        while sum(n * min(size, (rank + 1) * one) for (size, one), n in each.items()) <= spared:
+            rank += 1
+        if not rank:
+            raise UsageError("what is spared does not pay for corrections of rank 1", hint="fewer donors")
+        return rank
 
     def nearest(self, state: State) -> Sharing:
         """Each block with the nearest of its peers that keeps its weights; of two the one behind."""

@@ -21,8 +21,10 @@ from laconic.ir.capture import capture_module
 from laconic.ir.depth import Depth
 from laconic.ir.errors import PipelineError, UsageError
 from laconic.ir.inputs import cases
+from laconic.ir.metrics.quality import Divergence
 from laconic.ir.outcomes import Outcomes
 from laconic.ir.program import Program
+from laconic.ir.quality import figure, measure
 from laconic.ir.types import nbytes
 from laconic.passes.aligning import match
 from laconic.passes.low_rank import whitened
@@ -92,6 +94,11 @@ def logits(module: nn.Module) -> torch.Tensor:
 def divergence(module: nn.Module, other: nn.Module) -> float:
     a, b = (logits(m).log_softmax(-1) for m in (module, other))
     return float(F.kl_div(b, a, reduction="none", log_target=True).sum(-1).mean())
+
+
+def divergence_of(program: Program, other: Program) -> float:
+    (units,) = measure([other], DATA, [Divergence()], reference=program)
+    return figure(Divergence(), units["kl"]).value
 
 
 def test_level_0_is_the_same_program(program: Program) -> None:
@@ -193,22 +200,66 @@ def test_regmean_keeps_products_nearer_than_the_average(module: nn.Module, progr
     assert errors["regmean"] < 0.9 * errors["average"]
 
 
-def test_corrections_of_full_rank_restore_the_model(module: nn.Module, program: Program) -> None:
-    whole = ShareLayers(method="fixed", rank=64)
-    plan = whole.plan(program, DECIDED)
-    after = whole.apply(program, plan).program
+def test_corrections_of_what_is_missing_restore_the_model(module: nn.Module) -> None:
+    """Blocks that differ from the first by matrices of rank 3."""
+    near = copy.deepcopy(module)
+    for k in (1, 2, 3):
+        for name in MATRICES:
+            weight = near.model.layers[k].get_submodule(name).weight
+            outer, inner = (0.4 * torch.randn(n, 3) for n in weight.shape)
+            weight.data.copy_(near.model.layers[0].get_submodule(name).weight + outer @ inner.T)
+    program = captured(near)
+    item = ShareLayers(keep=0.25, method="fixed", rank=3)
+    plan = item.plan(program, DECIDED)
+    after = item.apply(program, plan).program
     for ours, theirs in zip(
         Outcomes.of(after, cases(program, program.forward)).outcomes,
         Outcomes.of(program, cases(program, program.forward)).outcomes,
         strict=True,
     ):
         torch.testing.assert_close(ours.results[0], theirs.results[0], rtol=2e-3, atol=2e-4)
-    assert all(action["left"] < 1e-6 for action in plan.actions if action["rule"] == "correct")
+    left = [action["left"] for action in plan.actions if action["rule"] == "correct"]
+    assert len(left) == 3 * len(MATRICES)
+    assert max(left) < 1e-5
+
+
+@pytest.mark.parametrize("donor", ["own", "merged"])
+def test_fewer_donors_pay_for_corrections(donor: Any, program: Program) -> None:
+    """No more bytes than with half of the blocks, of the greatest rank that this allows."""
+
+    def held(made: Program) -> int:
+        return sum(w.value.numel() for name, w in made.weights.items() if w.kind != "state" and "rotary" not in name)
+
+    sizes = [program.weights[f"model.layers.1.{m}.weight"].value.shape for m in MATRICES]
+    item = ShareLayers(keep=0.5, donors=0.25, method="fixed", donor=donor)
+    plan = item.plan(program, DECIDED)
+    half = ShareLayers(keep=0.5, method="fixed").apply(program, ShareLayers(method="fixed").plan(program)).program
+    ours = item.apply(program, plan).program
+    assert held(ours) <= held(half)
+    rank = next(len(value) for name, value in plan.tensors.items() if name.startswith("inner."))
+    corrected = 4 if donor == "merged" else 3
+    more = corrected * sum(min(rank + 1, *size) * sum(size) for size in sizes)
+    assert more > sum(a * b for a, b in sizes)
+    assert divergence_of(program, ours) < divergence_of(program, half)
+
+
+def test_a_matrix_no_larger_than_its_correction_stays(program: Program) -> None:
+    item = ShareLayers(method="fixed", rank=12)
+    plan = item.plan(program, DECIDED)
+    shared_rows = {row for action in plan.actions if action["rule"] == "share" for row in action["rows"]}
+    wanted = {
+        m for m in MATRICES if 12 * sum(s := program.weights[f"model.layers.1.{m}.weight"].value.shape) < s.numel()
+    }
+    assert shared_rows == {f"model.layers.{k}.{m}.weight" for k in (1, 3) for m in wanted}
+    assert 0 < len(wanted) < len(MATRICES)
+    with pytest.raises(UsageError, match="does not pay for corrections of rank 1") as caught:
+        ShareLayers(keep=0.52, donors=0.51, method="fixed").plan(program, DECIDED)
+    assert caught.value.hint == "fewer donors"
 
 
 def test_corrections_bring_the_model_nearer(module: nn.Module, program: Program) -> None:
     found = []
-    for rank in (0, 4, 12):
+    for rank in (0, 4, 10):
         item = ShareLayers(method="fixed", rank=rank)
         plan = item.plan(program, DECIDED)
         after = item.apply(program, plan).program
@@ -357,6 +408,9 @@ def test_what_cannot_be_shared_is_refused(program: Program) -> None:
     for text, said in (
         ("share-layers{keep=2}", "a share above 0"),
         ("share-layers{rank=-1}", "at least 0"),
+        ("share-layers{rank=2,donors=0.25}", "both say how much"),
+        ("share-layers{donors=0.5}", "less than keep=0.5, not 0.5"),
+        ("share-layers{donors=-1}", "a share above 0"),
         ("share-layers{merge=mean}", "no merge operator 'mean'"),
         ("share-layers{method=fix}", "no method 'fix'"),
         ("share-layers{donor=last}", "own/first/middle/merged"),
