@@ -1,7 +1,8 @@
 """Writing a Program as a Hugging Face folder, which `from_pretrained` loads, where a configuration can say what it is.
 
 A configuration says how many blocks there are and which weights are tied, and little else. So blocks that are gone
-altogether are counted out of it, those behind them are renumbered, and weights get the values that the Program has.
+altogether are counted out of it, those behind them are renumbered, and weights get the values that the Program has;
+where all blocks are rounds over the same weights, their number is what the Program has.
 What it cannot say is refused by name: single branches that are gone, blocks that share, corrections beside a product.
 What was written is loaded again and must compute what the Program does.
 """
@@ -14,7 +15,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
-from laconic.ir.errors import LaconicError, UnsupportedError
+from laconic.ir.depth import Depth
+from laconic.ir.errors import UnsupportedError
 from laconic.ir.files import place_directory, refuse_existing, temporary_beside
 from laconic.ir.hf import load_model, on_meta, read_architecture
 from laconic.ir.hf_config import FACT
@@ -43,6 +46,8 @@ _CONFIG = "config.json"
 _COUNT = re.compile(r"layer|block|depth")
 #: What a list is called that says something of each block.
 _OF_BLOCKS = re.compile(r"layer|block|depth|types")
+#: No model has so many.
+_MOST = 10_000
 #: Files of a model beside its weights and configuration: tokenizer, generation, preprocessing.
 _BESIDE = (".json", ".txt", ".model", ".jinja")
 #: The share of a folder's bytes that may be copies of what the Program holds once.
@@ -85,13 +90,12 @@ def write_hf(
         kept = {_renumbered(name, gone): v for name, v in values.items() if not any(g.drops(name) for g in gone)}
         config = _shorter(class_, config, gone, kept.keys()) if gone else config
         tensors = _stored(on_meta(class_, config), kept)
-        config.architectures = [class_.__name__]
-        config.save_pretrained(temporary)
         write_tensors(temporary / WHOLE, tensors, {"format": "pt"})
         if beside is not None:
             _copy_beside(beside, temporary)
         progress("loading it again")
-        _compare(program, load_model(temporary))
+        more = [] if gone else _rounds(class_, config, program)
+        _settle(program, class_, itertools.chain([config], more), temporary)
         place_directory(temporary, final, force)
     return final
 
@@ -143,39 +147,78 @@ def _renumbered(name: str, gone: Sequence[_Gone]) -> str:
     return name
 
 
-def _shorter(class_: Any, config: Any, gone: Sequence[_Gone], names: Any) -> Any:
+def _shorter(class_: Any, config: Any, gone: Sequence[_Gone], names: Set[str]) -> Any:
     """The configuration of a model of these weights: a count changed for each list, and lists beside it that say
     something of each block. Raises UnsupportedError if there is none."""
     said = config.to_dict()
-    for places in itertools.product(*(list(_counts(said, each.count)) for each in gone)):
+    for places in itertools.product(*(list(_counts(said, {each.count})) for each in gone)):
         changed = json.loads(json.dumps(said))
         for each, (holder, key) in zip(gone, places, strict=True):
-            inside = changed
-            for step in holder:
-                inside = inside[step]
+            inside = _inside(changed, holder)
             for other, value in inside.items():
                 if isinstance(value, list) and len(value) == each.count and _OF_BLOCKS.search(other):
                     inside[other] = [value[k] for k in each.left]
             inside[key] = len(each.left)
-        try:
-            found = type(config).from_dict(changed)
-            if on_meta(class_, found).state_dict().keys() == set(names):
-                return found
-        except Exception as problem:  # noqa: BLE001 - a count of something else makes a configuration that is none
-            log.info("%s is not what counts the blocks: %s", places, problem)
+        found = _made(class_, config, changed, names)
+        if found is not None:
+            return found
     blocks = "; ".join(
         f"{each.path} without {', '.join(str(k) for k in range(each.count) if k not in each.left)}" for each in gone
     )
     raise UnsupportedError(f"no {type(config).__name__} says which blocks are gone", why=blocks, hint=_ELSEWHERE)
 
 
-def _counts(said: Mapping[str, Any], count: int, holder: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+def _rounds(class_: Any, config: Any, program: Program) -> Iterator[Any]:
+    """Configurations of fewer blocks, as many as the Program has in a run, over the same weights."""
+    said, names = config.to_dict(), on_meta(class_, config).state_dict().keys()
+    for left in sorted(set(Counter(block.run for block in Depth(program).blocks).values())):
+        for holder, key in _counts(said, range(left + 1, _MOST)):
+            changed = json.loads(json.dumps(said))
+            _inside(changed, holder)[key] = left
+            found = _made(class_, config, changed, names)
+            if found is not None:
+                yield found
+
+
+def _counts(
+    said: Mapping[str, Any], counts: Container[int], holder: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], str]]:
     """The places of a configuration that count so many blocks."""
     for key, value in said.items():
         if isinstance(value, dict):
-            yield from _counts(value, count, (*holder, key))
-        elif value == count and isinstance(value, int) and _COUNT.search(key):
+            yield from _counts(value, counts, (*holder, key))
+        elif isinstance(value, int) and value in counts and _COUNT.search(key):
             yield holder, key
+
+
+def _inside(said: dict[str, Any], holder: Sequence[str]) -> dict[str, Any]:
+    for step in holder:
+        said = said[step]
+    return said
+
+
+def _made(class_: Any, config: Any, said: dict[str, Any], names: Set[str]) -> Any:
+    """The configuration that says so, if its model has weights of these names, or None."""
+    try:
+        found = type(config).from_dict(said)
+        return found if on_meta(class_, found).state_dict().keys() == names else None
+    except Exception as problem:  # noqa: BLE001 - a count of something else makes a configuration that is none
+        log.info("no configuration: %s", problem)
+        return None
+
+
+def _settle(program: Program, class_: Any, configs: Iterable[Any], folder: Path) -> None:
+    """Write the first of these configurations with which the folder computes what the Program does. Raises
+    UnsupportedError, of the first, if there is none."""
+    problems: list[UnsupportedError] = []
+    for config in configs:
+        config.architectures = [class_.__name__]
+        config.save_pretrained(folder)
+        try:
+            return _compare(program, load_model(folder))
+        except UnsupportedError as problem:
+            problems.append(problem)
+    raise problems[0]
 
 
 _ELSEWHERE = "a DIR, --format onnx and --format pt2 hold it as it is"
@@ -242,7 +285,7 @@ def _near(ours: Any, theirs: Any) -> bool:
     return max_abs(ours, theirs) <= _ROUNDING * torch.finfo(ours.dtype).eps * float(ours.abs().max())
 
 
-def _different(model: nn.Module, why: str) -> LaconicError:
+def _different(model: nn.Module, why: str) -> UnsupportedError:
     return UnsupportedError(
         f"{type(model).__name__} does not compute what the program does with these weights",
         why=why,
