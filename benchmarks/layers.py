@@ -34,7 +34,6 @@ from laconic.ir.types import nbytes
 from laconic.machine import machine
 from laconic.passes.allocate import going
 from laconic.passes.pipeline import parse_pipeline, print_pipeline
-from laconic.passes.share_layers.task import ShareTask, peers_of
 from laconic.sources import opened
 
 KEEP = (0.75, 0.67, 0.5)
@@ -79,9 +78,10 @@ def together(model: Model) -> Iterator[tuple[str, int]]:
     ):
         yield share, 0
         yield f"{share},{HEAL}", 0
-    for keep, fewer in ((0.75, 0.625), (0.5, 0.375)):
+    for keep, *fewer in ((0.75, 0.5, 0.25, 0.125), (0.5, 0.375, 0.25, 0.125)):
         yield f"share-layers{{keep={keep}}}", 0
-        yield f"share-layers{{keep={fewer},rank={model.rank(keep, fewer)}}}", 0
+        for donors in fewer:
+            yield f"share-layers{{keep={keep},donors={donors}}}", 0
 
 
 def branches(model: Model) -> Iterator[tuple[str, int]]:
@@ -147,14 +147,6 @@ class Model:
         if key not in self._known:
             (self._known[key],) = measure([program], self.test, self.metrics, reference=self.program)
         return self._known[key]
-
-    def rank(self, keep: float, fewer: float) -> int:
-        """The rank at which corrections of those that share take what the weights of the blocks between do."""
-        task = ShareTask(self.program, depth := Depth(self.program), None, 0, peers_of(depth, fewer))
-        sizes = [self.program.weights[row].value.shape for row in task.shared(1, 0)]
-        donors = sum(p.donors for p in task.peers)
-        spared, sharing = sum(p.donors for p in peers_of(depth, keep)) - donors, len(task.blocks) - donors
-        return spared * sum(a * b for a, b in sizes) // (sharing * sum(a + b for a, b in sizes))
 
     def original(self) -> dict[str, Any]:
         figures = {name: asdict(figure(load_metric(name), units)) for name, units in self.own.items()}
