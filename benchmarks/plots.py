@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from layer_tables import kept, single
+
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "images"
 LAYERS = FOLDER / "layers.svg"
-
-_METHOD = re.compile(r"(drop|share|collapse)-layers\{keep=[\d.]+(?:,(.*))?\}")
 
 
 def digest(name: str) -> str:
@@ -29,17 +28,15 @@ def digest(name: str) -> str:
 def curves(data: dict[str, Any], kind: str, model: str) -> dict[str, list[tuple[float, list[float]]]]:
     """For each method the shares of the blocks' bytes that are kept, and the divergences of all seeds."""
     found: dict[str, dict[float, list[float]]] = {}
-    whole = data["originals"][model]
     for row in data["rows"]:
-        read = _METHOD.fullmatch(row["pipeline"])
-        if row["model"] != model or "refused" in row or read is None or "rank" in row["pipeline"]:
+        read = single(row["pipeline"])
+        if row["model"] != model or "refused" in row or read is None:
             continue
-        if read[1] != kind and not (kind == "drop" and read[1] == "collapse"):
+        if not read[0].startswith(kind) and (kind, read[0]) != ("drop", "collapse-layers"):
             continue
-        named = (read[2] or "").replace("method=", "").replace("unit=branch", "branches") or "search"
-        label = f"LaCo {named.removeprefix('search')}".strip() if read[1] == "collapse" else named
-        kept = 1 - (whole["weight_bytes"] - row["weight_bytes"]) / whole["block_bytes"]
-        found.setdefault(label, {}).setdefault(round(kept, 3), []).append(row["figures"]["kl"]["value"])
+        named = read[2].replace("method=", "").replace("unit=branch", "branches")
+        label = f"LaCo {named}".strip() if read[0] == "collapse-layers" else named
+        found.setdefault(label, {}).setdefault(round(kept(data, row), 3), []).append(row["figures"]["kl"]["value"])
     return {label: sorted(points.items()) for label, points in found.items()}
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import layer_tables
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -232,39 +234,12 @@ def axes() -> str:
 
 def layers() -> str:
     data = result("layers")
-    lines = [
-        "| model | pipeline | bytes of blocks | divergence, nats | nats more | top-1 more | CPU s to decide |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in data["rows"]:
-        groups.setdefault((row["model"], row["pipeline"]), []).append(row)
-    for (model, pipeline), rows in groups.items():
-        first, whole = rows[0], data["originals"][model]
-        if "refused" in first:
-            lines.append(f"| {model} | `{pipeline}` | {first['refused']} | | | | |")
-            continue
-        if len(rows) > 1:
-            told = [_spread([row["figures"][name]["value"] for row in rows]) for name in _LAYER_FIGURES]
-        else:
-            told = [_interval(first["figures"][name]) for name in _LAYER_FIGURES]
-        kept = 1 - (whole["weight_bytes"] - first["weight_bytes"]) / whole["block_bytes"]
-        seconds = f"{first['cpu_seconds']:.0f}"
-        named = f"`{pipeline}`" + (f", {len(rows)} seeds" if len(rows) > 1 else "")
-        lines.append(f"| {model} | {named} | {kept:.0%} | {' | '.join(told)} | {seconds} |")
-    note = (
-        "On the test split: 95 % intervals over documents or digits; of pipelines with several seeds the median, least "
-        "and greatest. Decided on the calibration split. CPU seconds are those of all threads together. "
-        f"{_where(data)}"
-    )
-    return "\n".join([*lines, "", note])
+    return f"{layer_tables.methods(data)} {_where(data)}"
 
 
-_LAYER_FIGURES = ("kl", "nats more than the original's", "top1 more than the original's")
-
-
-def _spread(values: list[float]) -> str:
-    return f"{median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+def layers_together() -> str:
+    data = result("layers")
+    return f"{layer_tables.together(data)} {_where(data)}"
 
 
 def depth_latency() -> str:
@@ -361,6 +336,7 @@ TABLES = {
     "axes": axes,
     "depth_latency": depth_latency,
     "layers": layers,
+    "layers_together": layers_together,
     "share_hash": share_hash,
     "zoo": zoo,
 }
