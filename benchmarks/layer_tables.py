@@ -16,7 +16,7 @@ def single(pipeline: str) -> tuple[str, str, str] | None:
     """The pass, its share and its other options where a pipeline is one that only asks for a share of blocks; without
     a method its `search`."""
     found = _SINGLE.fullmatch(pipeline)
-    if found is None or "donors=" in pipeline:
+    if found is None or "donors=" in pipeline or "rank=" in pipeline:
         return None
     options = found[3] or ("" if found[1] == "collapse" else "method=search")
     return f"{found[1]}-layers", found[2], options
@@ -66,10 +66,11 @@ def together(data: dict[str, Any]) -> str:
     heads = [f"{model} | healed" for model in models]
     lines = [f"| | bytes of blocks | {' | '.join(heads)} |", "|---|---|" + "---|" * (2 * len(models))]
     for base, cells in found.items():
-        first = next(iter(cells.values()))
+        shares = {f"{kept(data, row):.0%}": model for (model, _), row in cells.items()}
+        bytes_ = " / ".join(shares)
         if any(healed for _, healed in cells) or "donors=" in base or _compared(base, found):
             told = [_cell([cells[key]] if (key := (m, h)) in cells else []) for m in models for h in (False, True)]
-            lines.append(f"| `{base}` | {kept(data, first):.0%} | {' | '.join(told)} |")
+            lines.append(f"| `{base}` | {bytes_} | {' | '.join(told)} |")
     return "\n".join([*lines, "", NOTE])
 
 

@@ -169,9 +169,12 @@ def _shorter(class_: Any, config: Any, gone: Sequence[_Gone], names: Set[str]) -
 
 
 def _rounds(class_: Any, config: Any, program: Program) -> Iterator[Any]:
-    """Configurations of fewer blocks, as many as the Program has in a run, over the same weights."""
+    """Configurations of fewer rounds over the same weights: as many as the Program has blocks in a run, or of several
+    blocks each; or one, which is no run."""
     said, names = config.to_dict(), on_meta(class_, config).state_dict().keys()
-    for left in sorted(set(Counter(block.run for block in Depth(program).blocks).values())):
+    counts = Counter(block.run for block in Depth(program).blocks).values()
+    rounds = {count // each for count in counts for each in range(1, count + 1) if count % each == 0}
+    for left in sorted(rounds | {1}, reverse=True):
         for holder, key in _counts(said, range(left + 1, _MOST)):
             changed = json.loads(json.dumps(said))
             _inside(changed, holder)[key] = left

@@ -24,6 +24,7 @@ from laconic.ir.errors import UsageError, did_you_mean
 from laconic.ir.program import Kind, Program
 from laconic.ir.run import Outcome, declared_weights, outcome
 from laconic.ir.structure import entry_structure
+from laconic.ir.traits import traits
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,9 @@ def replaced_by(value: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda given: value
 
 
+_CIRCLE = "gates lead to each other in a circle"
+
+
 class Memo:
     """Values by key; beyond `room` bytes those asked for longest ago are given up."""
 
@@ -86,10 +90,11 @@ class Memo:
 
 @dataclass(frozen=True)
 class Told:
-    """What a candidate makes of the graph: the node whose value is read for each, what gates do that do anything, and
-    by what each value, and all that is returned, is known (not at all, if a function or a tensor of the candidate's own
-    had a part in it)."""
+    """What a candidate makes of the graph: its nodes, each behind what it reads; the node whose value is read for each;
+    what gates do that do anything; and by what each value, and all that is returned, is known (not at all, if a
+    function or a tensor of the candidate's own, or chance, had a part in it)."""
 
+    nodes: Sequence[fx.Node]
     read: Mapping[fx.Node, fx.Node]
     acts: Mapping[fx.Node, Callable[..., torch.Tensor]]
     keys: Mapping[fx.Node, bytes | None]
@@ -98,7 +103,7 @@ class Told:
 
 class Gated:
     """A program's `forward` with gates, run on flat inputs without gradients. Gates at one place act one behind the
-    other.
+    other. Weights must not be written while values are remembered.
 
     Raises UsageError for two gates of one name, and for a place that is none.
     """
@@ -111,6 +116,8 @@ class Gated:
         self._places, self._gates = _with_gates(self.entry.graph, gates)
         self._nodes = [node for node in self.entry.graph.nodes if node.op != "output"]
         self._operands = {node: tuple(node.all_input_nodes) for node in self.entry.graph.nodes}
+        self._numbers = {node: k for k, node in enumerate(self._nodes)}
+        self._unknown = {node for node in self._nodes if traits(node).random}
         ends = {b.add.name for stream in entry_structure(program, program.forward).streams for b in stream.branches}
         self._kept = _alive(self._nodes, ends)
 
@@ -124,38 +131,60 @@ class Gated:
         for name in candidate:
             if name not in self._gates:
                 raise UsageError(f"there is no gate {name!r}", hint=did_you_mean(name, list(self._gates)))
-        order = {node: k for k, node in enumerate(self._nodes)}
-        leads, acts, factors = dict[fx.Node, fx.Node](), dict[fx.Node, Callable[..., torch.Tensor]](), {}
+        leads, acts = dict[fx.Node, fx.Node](), dict[fx.Node, Callable[..., torch.Tensor]]()
+        unknown, said = set(self._unknown), {node: struct.pack("q", k) for node, k in self._numbers.items()}
         for name, gate in self._gates.items():
             setting = candidate.get(name)
             if isinstance(setting, Instead):
-                leads[gate] = self._target(name, setting, order)
+                leads[gate] = self._target(name, setting)
             elif setting is None:
                 leads[gate] = self._operands[gate][0]
             else:
                 acts[gate] = setting if callable(setting) else _times(setting)
                 if isinstance(setting, (int, float)):
-                    factors[gate] = struct.pack("d", setting)
+                    said[gate] += f"{type(setting).__name__} {setting!r}".encode()
+                else:
+                    unknown.add(gate)
         read = {node: _end(node, leads) for node in self._nodes}
+        nodes = self._ordered(read, leads)
         keys = dict[fx.Node, bytes | None]()
 
-        def key(node: fx.Node, said: bytes) -> bytes | None:
+        def key(node: fx.Node) -> bytes | None:
             known = [keys[read[operand]] for operand in self._operands[node]]
             parts = [part for part in known if part is not None]
-            return blake2b(said + b"".join(parts), digest_size=16).digest() if len(parts) == len(known) else None
+            if node in unknown or len(parts) < len(known):
+                return None
+            return blake2b(said.get(node, b"") + b"".join(parts), digest_size=16).digest()
 
-        for k, node in enumerate(self._nodes):
-            if node not in leads:
-                said = struct.pack("q", k) + factors.get(node, b"")
-                keys[node] = key(node, said) if node not in acts or node in factors else None
-        return Told(read, acts, keys, key(self.entry.output_node, b""))
+        for node in nodes:
+            keys[node] = key(node)
+        return Told(nodes, read, acts, keys, key(self.entry.output_node))
 
-    def _target(self, name: str, setting: Instead, order: Mapping[fx.Node, int]) -> fx.Node:
+    def _ordered(self, read: Mapping[fx.Node, fx.Node], leads: Mapping[fx.Node, fx.Node]) -> list[fx.Node]:
+        """The nodes that do anything, each behind what it reads: gates on weights, which may read each other, by turns.
+        Raises UsageError where they do so in a circle."""
+        found, open_ = dict.fromkeys(node for node in self._nodes if node.op == "placeholder"), set[fx.Node]()
+
+        def visit(gate: fx.Node) -> None:
+            if gate not in found:
+                if gate in open_:
+                    raise UsageError(_CIRCLE)
+                open_.add(gate)
+                for operand in self._operands[gate]:
+                    visit(read[operand])
+                found[gate] = None
+
+        for gate in self._gates.values():
+            if gate not in leads and _place(gate).op == "placeholder":
+                visit(gate)
+        return list(found | dict.fromkeys(node for node in self._nodes if node not in leads))
+
+    def _target(self, name: str, setting: Instead) -> fx.Node:
         gate, target = self._gates[name], self._places.get(setting.node)
         if target is None:
             raise UsageError(f"there is no node {setting.node!r} for the gate {name!r} to lead to")
         weights = [_place(node).op == "placeholder" for node in (gate, target)]
-        if target is gate or not (all(weights) or order[target] < order[gate]):
+        if target is gate or not (all(weights) or self._numbers[target] < self._numbers[gate]):
             raise UsageError(f"the gate {name!r} leads to {setting.node!r}, which stands behind it")
         return target
 
@@ -172,7 +201,7 @@ class Gated:
                     values.pop(read[operand], None)
 
         reads.update(read[operand] for operand in self._operands[output])
-        for node in reversed(self._nodes):
+        for node in reversed(told.nodes):
             if not reads[node]:
                 continue
             if memo is not None and (batch, told.keys[node]) in memo:
@@ -180,7 +209,7 @@ class Gated:
             else:
                 reads.update(read[operand] for operand in self._operands[node])
         with torch.no_grad():
-            for node in self._nodes:
+            for node in told.nodes:
                 if reads[node] and node not in values:
                     values[node] = self._computed(node, told, inputs, values)
                     release(node)
@@ -209,8 +238,8 @@ def _check(program: Program, gates: Sequence[Gate]) -> None:
                 raise UsageError(
                     f"there is no node {node!r} for the gate {gate.name!r}", hint=did_you_mean(node, list(order))
                 )
-        if gate.beside and order[gate.beside] > order[gate.node]:
-            raise UsageError(f"{gate.beside!r} stands behind {gate.node!r}, at the gate {gate.name!r}")
+        if gate.beside and order[gate.beside] >= order[gate.node]:
+            raise UsageError(f"{gate.beside!r} does not stand before {gate.node!r}, at the gate {gate.name!r}")
 
 
 def _with_gates(graph: fx.Graph, gates: Sequence[Gate]) -> tuple[dict[str, fx.Node], dict[str, fx.Node]]:
@@ -254,7 +283,7 @@ def _end(node: fx.Node, leads: Mapping[fx.Node, fx.Node]) -> fx.Node:
     while node in leads:
         node = leads[node]
         if node in seen:
-            raise UsageError("gates lead to each other in a circle")
+            raise UsageError(_CIRCLE)
         seen.add(node)
     return node
 

@@ -1,7 +1,7 @@
 """An entry that calls functions with its values as they are computed, and may go on with others in their place.
 
-Statistics look at values in this way, and searches try candidates: the graph is copied once, with calls put in; then
-each run costs what the entry costs. A value that nobody needs any more is freed as in the entry itself.
+Statistics look at values in this way, and training puts others in their place: the graph is copied once, with calls put
+in; then each run costs what the entry costs. A value that nobody needs any more is freed as in the entry itself.
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ from laconic.ir.quality import named_results
 #: Bytes of results to compare with that are kept in memory, and of what candidates have in common; what is beyond is
 #: computed again each time.
 _RESULTS, _COMMON = 2 << 30, 2 << 30
+#: Figures that are remembered.
+_FIGURES = 200_000
 
 
 class Scorer:
@@ -58,6 +60,8 @@ class Scorer:
         found = float(part.sums.sum()), float(part.weights.sum())
         if told.key is not None:
             self._known[told.key, k] = found
+            if len(self._known) > _FIGURES:
+                del self._known[next(iter(self._known))]
         return found
 
     def _reference(self, k: int) -> Results:

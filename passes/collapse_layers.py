@@ -123,10 +123,12 @@ def _refuse_shared(program: Program, depth: Depth, blocks: Sequence[Block]) -> N
 
 @dataclass
 class _Model:
-    """What a run has become: the blocks that are left, in order, and what their rows hold now."""
+    """What a run has become: the blocks that are left, in order, what their rows hold now, and the numbers of those
+    that were merged, one step behind the other."""
 
     left: list[Block]
     held: dict[str, torch.Tensor] = field(default_factory=dict)
+    merges: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,7 @@ class _Collapse:
         self._run = Gated(program, gates)
         self._batches = list(_some(program, calibration.data))
         self._whole = self._last({})
+        self._likenesses: dict[tuple[tuple[int, ...], ...], float] = {}
 
     def _matrices(self, block: Block) -> list[str]:
         """The block's own rows of two axes or more."""
@@ -192,7 +195,7 @@ class _Collapse:
             left = self._budget - (len(self._blocks) - len(model.left))
             count = min(self._size - 1, left, len(model.left) - 1 - at)
             tried = self._merged(model, at, count) if count > 0 else model
-            if count > 0 and self._likeness(tried) > threshold:
+            if count > 0 and self._known(tried) > threshold:
                 model = tried
                 at -= self._item.interval
                 if at >= len(model.left) - 1:
@@ -217,7 +220,14 @@ class _Collapse:
             else:
                 total = own + sum(value(pair.get(row, row)) - own for pair in pairs)
             held[row] = total.to(self._program.weights[row].value.dtype)
-        return _Model(model.left[: at + 1] + model.left[at + 1 + count :], held)
+        merges = (*model.merges, tuple(b.number for b in (block, *others)))
+        return _Model(model.left[: at + 1] + model.left[at + 1 + count :], held, merges)
+
+    def _known(self, model: _Model) -> float:
+        """The likeness; each model is run once, as it is met at many thresholds."""
+        if model.merges not in self._likenesses:
+            self._likenesses[model.merges] = self._likeness(model)
+        return self._likenesses[model.merges]
 
     def _likeness(self, model: _Model) -> float:
         """The cosine of what comes out of the last block, all of a sample's positions as one vector, to the original's,

@@ -52,7 +52,8 @@ _ALIGN, _MERGE, _SHARE, _CORRECT = "align", "merge", "share", "correct"
 
 @dataclass(frozen=True)
 class ShareLayers(Pass):
-    """`protect`: so many at either end of a run take no part. `donors`: 0 for as many as `keep`. `generations`: of the
+    """`protect`: so many at either end of a run take no part. `donors`: 0 for as many as `keep`, else one at least.
+    `generations`: of the
     search, 0 for k (n - k) / 1.5 where k of n blocks share. Raises ValueError for shares and ranks that are none, and
     UsageError for an unknown method or operator."""
 
@@ -79,7 +80,7 @@ class ShareLayers(Pass):
             if self.rank:
                 raise ValueError("options 'rank' and 'donors' both say how much is corrected")
             if self.donors >= self.keep:
-                raise ValueError(f"option 'donors' is less than keep={self.keep:g}, not {self.donors:g}")
+                raise ValueError(f"option 'donors' must be less than keep={self.keep:g}, is {self.donors:g}")
         load_method(self.name, self.method)
         OPERATORS.load(self.merge)
         if self.merge != "average" and self.donor != "merged":
@@ -107,7 +108,7 @@ class ShareLayers(Pass):
             return Plan(self.spec, reason=f"{1 - self.keep:.0%} of the blocks is less than half a block")
         sharing: Sharing = elected(load_method(self.name, self.method)(task), self.donor)
         if not any(task.shared(k, donor) for k, donor in enumerate(sharing) if k != donor):
-            return Plan(self.spec, reason="these blocks have no floating-point matrices of their own")
+            return Plan(self.spec, reason=_nothing(task, sharing))
         actions, tensors = list[dict[str, Any]](), dict[str, torch.Tensor]()
         if self.align:
             actions += _alignments(task, sharing)
@@ -161,11 +162,19 @@ class ShareLayers(Pass):
 
 def _task(item: ShareLayers, program: Program, calibration: Calibration | None) -> ShareTask:
     depth = Depth(program)
-    peers = peers_of(depth, item.donors or item.keep, item.protect)
+    peers = peers_of(depth, item.donors or item.keep, item.protect, least=1 if item.donors else 0)
     task = ShareTask(program, depth, calibration, item.generations, peers, item.rank)
     if item.donors and any(going(item.keep, p.of) for p in peers):
         return replace(task, rank=task.affordable(item.keep, item.donor == "merged"))
     return task
+
+
+def _nothing(task: ShareTask, sharing: Sharing) -> str:
+    """Why no matrix is shared."""
+    plain = replace(task, rank=0)
+    if any(plain.shared(k, donor) for k, donor in enumerate(sharing) if k != donor):
+        return f"no matrix of these blocks is larger than its correction of rank {task.rank}"
+    return "these blocks have no floating-point matrices of their own"
 
 
 def _touched(task: ShareTask, sharing: Sharing) -> list[str]:

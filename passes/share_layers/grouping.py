@@ -30,19 +30,19 @@ def fixed(task: ShareTask) -> Sharing:
         if rest:
             raise UsageError(
                 f"{len(peers.blocks)} blocks of run {peers.run} cannot be cut into {peers.donors} groups of one size",
-                hint=f"keep={_near(peers):.4g}, or method=search",
+                hint=f"{_near(peers)}, or method=search",
             )
         for k, block in enumerate(peers.blocks):
             found[block] = peers.blocks[k - k % size]
     return tuple(found)
 
 
-def _near(peers: Peers) -> float:
-    """The share nearest to what was asked for by which the blocks can be cut."""
+def _near(peers: Peers) -> str:
+    """The number of groups nearest to what was asked for into which the blocks can be cut, and what share that is."""
     count = len(peers.blocks)
     counts = [n for n in range(1, count + 1) if count % n == 0]
     donors = min(counts, key=lambda n: abs(n - peers.donors))
-    return (peers.protected + donors) / peers.of
+    return f"{donors} groups would do, a share of {(peers.protected + donors) / peers.of:.4g}"
 
 
 def search(task: ShareTask) -> Sharing:

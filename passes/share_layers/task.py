@@ -14,6 +14,7 @@ from laconic.ir.depth import Block, Depth
 from laconic.ir.errors import UsageError
 from laconic.ir.gated import Candidate, Gate, Instead, Setting, replaced_by
 from laconic.ir.score import Scorer
+from laconic.ir.types import nbytes
 from laconic.passes.allocate import Class, Space, State, going
 from laconic.passes.deciding import ENTRY, Task, is_matrix, refuse_quantised
 
@@ -65,29 +66,43 @@ class ShareTask(Task):
         return {row: other for row, other in matrices.items() if self.corrected(row, self.rank) < self.size(row)}
 
     def size(self, row: str) -> int:
-        """How many numbers a row holds."""
-        return self.program.weights[row].value.numel()
+        """The bytes of a matrix."""
+        return nbytes(self.program.weights[row].value)
 
     def corrected(self, row: str, rank: int) -> int:
-        """How many numbers a correction of a matrix takes."""
-        outputs, *inputs = self.program.weights[row].value.shape
-        return rank * (outputs + math.prod(inputs))
+        """The bytes of a matrix's correction."""
+        value = self.program.weights[row].value
+        outputs, *inputs = value.shape
+        return rank * (outputs + math.prod(inputs)) * value.element_size()
 
     def affordable(self, keep: float, merged: bool) -> int:
         """The greatest rank at which the matrices of these blocks, corrections among them, take no more than if `keep`
-        of the blocks kept theirs; donors that are `merged` are corrected too. Raises UsageError if there is none."""
+        of the blocks kept theirs; donors that are `merged` are corrected too. 0 for blocks without matrices of their
+        own. Raises UsageError if there is none, and for blocks that do not all hold as much."""
         spared, each, rank = 0, Counter[tuple[int, int]](), 0
         for peers in self.peers:
-            own = [row for row in self.blocks[peers.blocks[0]].rows if is_matrix(self.program, row)]
+            first, *others = (self._held(block) for block in peers.blocks)
+            if any(other != first for other in others):
+                raise UsageError(
+                    f"the blocks of run {peers.run} do not hold as many matrices of their own",
+                    why="some share theirs already",
+                    hint="rank instead of donors, or share in one step",
+                )
             sharing = len(peers.blocks) - peers.donors
-            spared += (sharing - going(keep, peers.of)) * sum(map(self.size, own))
-            for row in own:
-                each[self.size(row), self.corrected(row, 1)] += len(peers.blocks) if merged else sharing
-        while sum(n * min(size, (rank + 1) * one) for (size, one), n in each.items()) <= spared:
+            spared += (sharing - going(keep, peers.of)) * sum(size * n for (size, _), n in first.items())
+            for _ in range(len(peers.blocks) if merged else sharing):
+                each += first
+        most = max((size // one for size, one in each), default=0)
+        while rank < most and sum(n * min(size, (rank + 1) * one) for (size, one), n in each.items()) <= spared:
             rank += 1
-        if not rank:
-            raise UsageError("what is spared does not pay for corrections of rank 1", hint="fewer donors")
+        if most and not rank:
+            raise UsageError("what is spared does not pay for corrections of rank 1", hint="fewer donors, or keep more")
         return rank
+
+    def _held(self, block: int) -> Counter[tuple[int, int]]:
+        """How many matrices of its own a block holds, by their bytes and those of a correction of rank 1."""
+        own = (row for row in self.blocks[block].rows if is_matrix(self.program, row))
+        return Counter((self.size(row), self.corrected(row, 1)) for row in own)
 
     def nearest(self, state: State) -> Sharing:
         """Each block with the nearest of its peers that keeps its weights; of two the one behind."""
@@ -134,9 +149,9 @@ class ShareTask(Task):
         return self.scorer(self.candidate(self.nearest(state)), batches)
 
 
-def peers_of(depth: Depth, keep: float, protect: int = 0) -> tuple[Peers, ...]:
-    """The blocks that may share, with how many keep their weights: `keep` of each, rounded. The first and last
-    `protect` of them keep theirs, and no other block reads them.
+def peers_of(depth: Depth, keep: float, protect: int = 0, least: int = 0) -> tuple[Peers, ...]:
+    """The blocks that may share, with how many keep their weights: `keep` of each, rounded, and so many at least. The
+    first and last `protect` of a run take no part.
 
     Raises UsageError if there are none, or none of a run could do with another's weights, or none would stay.
     """
@@ -162,8 +177,10 @@ def peers_of(depth: Depth, keep: float, protect: int = 0) -> tuple[Peers, ...]:
         raise UsageError("no block could do with the weights of another one", why=why)
     peers = []
     for run, group in found:
-        inner = group[protect : len(group) - protect]
-        donors = len(inner) - going(keep, len(group))
+        whole = [k for k, block in enumerate(depth.blocks) if block.run == run]
+        free = set(whole[protect : len(whole) - protect])
+        inner = [k for k in group if k in free]
+        donors = max(len(inner) - going(keep, len(group)), min(least, len(inner)))
         if donors < 1:
             among = f"the {len(inner)} of {len(group)} blocks" if protect else f"{len(group)} blocks"
             raise UsageError(

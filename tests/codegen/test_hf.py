@@ -70,7 +70,8 @@ def test_blocks_that_are_gone_are_counted_out(build: Any, count: str, tmp_path: 
     assert (folder / "model.safetensors").stat().st_size < stored + 20_000
 
 
-def test_rounds_over_the_same_weights_are_counted(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("inner", "gone", "left"), [(1, (1, 2), 3), (1, (0, 1, 2, 3), 1), (2, (2, 3), 4)])
+def test_rounds_over_the_same_weights_are_counted(inner: int, gone: tuple[int, ...], left: int, tmp_path: Path) -> None:
     config = hf.AlbertConfig(
         vocab_size=50,
         embedding_size=8,
@@ -79,11 +80,12 @@ def test_rounds_over_the_same_weights_are_counted(tmp_path: Path) -> None:
         num_attention_heads=2,
         intermediate_size=32,
         max_position_embeddings=16,
+        inner_group_num=inner,
     )
     torch.manual_seed(0)
     program, inputs = captured((hf.AlbertModel(config), {"input_ids": torch.randint(0, 50, (2, 7))}, None))
-    folder = write_hf(short := without(program, 1, 2), tmp_path / "hf")
-    assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 3
+    folder = write_hf(short := without(program, *gone), tmp_path / "hf")
+    assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == left
     module = hf.AlbertModel.from_pretrained(folder).eval()
     assert torch.equal(first_of(module, inputs), first_of(Runnable(short), inputs))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from architectures import captured, wide
 from helpers import bits
+from laconic.ir.capture import capture_module
 from laconic.ir.data import flat_inputs
 from laconic.ir.depth import Depth
 from laconic.ir.errors import UsageError
@@ -168,8 +170,51 @@ def test_gates_that_lead_nowhere(program: Program, gated: Gated, ends: list[tupl
     circle = {"down 0": Instead(nodes[down(1)].name), "down 1": Instead(nodes[down(0)].name)}
     with pytest.raises(UsageError, match="in a circle"):
         gated(circle, inputs(program))
-    with pytest.raises(UsageError, match="stands behind"):
-        Gated(program, [Gate("a", ends[0][0], beside=ends[1][0])])
+    rows = sorted((nodes[down(k)].name for k in (0, 1)), key=[n.name for n in program.forward.graph.nodes].index)
+    twisted = Gated(program, [Gate("a", rows[0]), Gate("b", rows[1], beside=rows[0])])
+    with pytest.raises(UsageError, match="in a circle"):
+        twisted({"a": Instead(rows[1]), "b": lambda value, other: other}, inputs(program))
+    for beside in (ends[1][0], ends[0][0]):
+        with pytest.raises(UsageError, match="does not stand before"):
+            Gated(program, [Gate("a", ends[0][0], beside=beside)])
+
+
+def test_gates_on_weights_may_read_each_other_in_any_order(program: Program) -> None:
+    rows = [program.forward.weight_nodes()[down(k)].name for k in range(2)]
+    places = [Gate("a", rows[0]), Gate("b", rows[1]), Gate("c", rows[1])]
+    candidate: Candidate = {"a": 0.5, "b": Instead(rows[0]), "c": 0.25}
+    wanted = bits(Gated(program, places)(candidate, inputs(program)).results)
+    for order in itertools.permutations(range(3)):
+        if order.index(1) < order.index(2):
+            made = Gated(program, [places[k] for k in order])
+            assert bits(made(candidate, inputs(program)).results) == wanted
+    beside = [Gate("a", rows[0]), Gate("b", rows[1], beside=rows[0])]
+    found = Gated(program, beside)({"a": 0.5, "b": lambda value, other: other * 0.25}, inputs(program))
+    assert bits(found.results) == wanted
+
+
+class Noisy(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x)) * torch.rand_like(x)
+        return x
+
+
+def test_chance_is_not_remembered() -> None:
+    made = Gated(capture_module(Noisy().eval(), (torch.randn(2, 8),), {}, None), [])
+    told, memo = made.told({}), Memo(1 << 30)
+    assert told.key is None
+    first, second = (bits(made.run(told, [torch.ones(2, 8)], memo).results) for _ in range(2))
+    assert first != second
+
+
+def test_a_number_is_known_with_its_kind(gated: Gated) -> None:
+    keys = {gated.told({"block 1": factor}).key for factor in (1, 1.0, True, -0.0, 0.0, 10**400)}
+    assert len(keys) == 6
 
 
 def test_the_oldest_goes_first() -> None:

@@ -30,6 +30,7 @@ from laconic.passes.aligning import match
 from laconic.passes.low_rank import whitened
 from laconic.passes.manager import PassManager
 from laconic.passes.methods import methods_of
+from laconic.passes.pipeline import parse_pipeline
 from laconic.passes.share_layers import ShareLayers
 from laconic.passes.share_layers.grouping import fixed
 from laconic.passes.share_layers.task import ShareTask, peers_of
@@ -254,7 +255,26 @@ def test_a_matrix_no_larger_than_its_correction_stays(program: Program) -> None:
     assert 0 < len(wanted) < len(MATRICES)
     with pytest.raises(UsageError, match="does not pay for corrections of rank 1") as caught:
         ShareLayers(keep=0.52, donors=0.51, method="fixed").plan(program, DECIDED)
-    assert caught.value.hint == "fewer donors"
+    assert caught.value.hint == "fewer donors, or keep more"
+    reason = ShareLayers(method="fixed", rank=64).plan(program, DECIDED).reason
+    assert reason == "no matrix of these blocks is larger than its correction of rank 64"
+
+
+def test_one_donor_at_least_pays_for_corrections(program: Program) -> None:
+    plan = parse_pipeline("share")[0].plan(program, DECIDED)
+    assert len({action["donor"] for action in plan.actions if action["rule"] == "share"}) == 1
+    assert len([action for action in plan.actions if action["rule"] == "share"]) == 3
+    assert any(action["rule"] == "correct" for action in plan.actions)
+
+
+def test_blocks_that_share_already_pay_for_nothing(module: nn.Module, program: Program) -> None:
+    item = ShareLayers(keep=0.5, donors=0.25, method="fixed")
+    none = "these blocks have no floating-point matrices of their own"
+    assert item.plan(item.apply(program, item.plan(program, DECIDED)).program, DECIDED).reason == none
+    assert item.plan(captured(shared(module, (0, 0, 0, 0))), DECIDED).reason == none
+    with pytest.raises(UsageError, match="do not hold as many matrices of their own") as caught:
+        item.plan(captured(shared(module, (0, 0, 2, 3))), DECIDED)
+    assert caught.value.why == "some share theirs already"
 
 
 def test_corrections_bring_the_model_nearer(module: nn.Module, program: Program) -> None:
@@ -375,7 +395,7 @@ def test_a_share_that_divides_is_told() -> None:
     assert (peers.blocks, peers.donors, peers.protected) == ((1, 2, 3, 4, 5, 6), 4, 2)
     with pytest.raises(UsageError, match="6 blocks of run 0 cannot be cut into 4 groups") as caught:
         fixed(ShareTask(depth.program, depth, None, 0, (peers,)))
-    assert caught.value.hint == "keep=0.625, or method=search"
+    assert caught.value.hint == "3 groups would do, a share of 0.625, or method=search"
     (peers,) = peers_of(depth, 0.625, protect=1)
     assert fixed(ShareTask(depth.program, depth, None, 0, (peers,))) == (0, 1, 1, 3, 3, 5, 5, 7)
 
@@ -409,7 +429,7 @@ def test_what_cannot_be_shared_is_refused(program: Program) -> None:
         ("share-layers{keep=2}", "a share above 0"),
         ("share-layers{rank=-1}", "at least 0"),
         ("share-layers{rank=2,donors=0.25}", "both say how much"),
-        ("share-layers{donors=0.5}", "less than keep=0.5, not 0.5"),
+        ("share-layers{donors=0.5}", "must be less than keep=0.5, is 0.5"),
         ("share-layers{donors=-1}", "a share above 0"),
         ("share-layers{merge=mean}", "no merge operator 'mean'"),
         ("share-layers{method=fix}", "no method 'fix'"),
