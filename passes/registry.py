@@ -38,7 +38,6 @@ PRESETS: dict[str, str] = {
     "fold": "drop-layers{method=gates},share-layers{method=functional},heal",
     "laco": "collapse-layers",
     "none": "",
-    "share": "share-layers{donors=0.125}",
     "shortgpt": "drop-layers{method=influence}",
 }
 #: Those whose passes, as they are configured, must all have the contract `exact`.

@@ -127,7 +127,6 @@ def test_level_0_plans_and_presets(program: Program) -> None:
     assert print_pipeline(parse_pipeline("laco")) == "collapse-layers"
     assert [p.name for p in parse_pipeline("fold")] == ["drop-layers", "share-layers", "heal"]
     assert print_pipeline(parse_pipeline("shortgpt")) == "drop-layers{method=influence}"
-    assert print_pipeline(parse_pipeline("share")) == "share-layers{donors=0.125}"
 
 
 def test_bad_input(program: Program) -> None:

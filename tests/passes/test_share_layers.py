@@ -30,7 +30,6 @@ from laconic.passes.aligning import match
 from laconic.passes.low_rank import whitened
 from laconic.passes.manager import PassManager
 from laconic.passes.methods import methods_of
-from laconic.passes.pipeline import parse_pipeline
 from laconic.passes.share_layers import ShareLayers
 from laconic.passes.share_layers.grouping import fixed
 from laconic.passes.share_layers.task import ShareTask, peers_of
@@ -261,7 +260,7 @@ def test_a_matrix_no_larger_than_its_correction_stays(program: Program) -> None:
 
 
 def test_one_donor_at_least_pays_for_corrections(program: Program) -> None:
-    plan = parse_pipeline("share")[0].plan(program, DECIDED)
+    plan = ShareLayers(donors=0.125, method="fixed").plan(program, DECIDED)
     assert len({action["donor"] for action in plan.actions if action["rule"] == "share"}) == 1
     assert len([action for action in plan.actions if action["rule"] == "share"]) == 3
     assert any(action["rule"] == "correct" for action in plan.actions)
