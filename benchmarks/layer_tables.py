@@ -62,15 +62,16 @@ def together(data: dict[str, Any]) -> str:
         base = row["pipeline"].removesuffix(HEALED)
         if "refused" not in row:
             found.setdefault(base, {})[row["model"], base != row["pipeline"]] = row
-    models = [model for model in data["originals"] if any((model, True) in cells for cells in found.values())]
+    told = {model for base, cells in found.items() for model, healed in cells if healed or "donors=" in base}
+    models = [model for model in data["originals"] if model in told]
     heads = [f"{model} | healed" for model in models]
     lines = [f"| | bytes of blocks | {' | '.join(heads)} |", "|---|---|" + "---|" * (2 * len(models))]
     for base, cells in found.items():
         shares = {f"{kept(data, row):.0%}": model for (model, _), row in cells.items()}
         bytes_ = " / ".join(shares)
         if any(healed for _, healed in cells) or "donors=" in base or _compared(base, found):
-            told = [_cell([cells[key]] if (key := (m, h)) in cells else []) for m in models for h in (False, True)]
-            lines.append(f"| `{base}` | {bytes_} | {' | '.join(told)} |")
+            each = [_cell([cells[key]] if (key := (m, h)) in cells else []) for m in models for h in (False, True)]
+            lines.append(f"| `{base}` | {bytes_} | {' | '.join(each)} |")
     return "\n".join([*lines, "", NOTE])
 
 

@@ -13,7 +13,7 @@ from laconic.ir.quality import named_results
 
 #: Bytes of results to compare with that are kept in memory, and of what candidates have in common; what is beyond is
 #: computed again each time.
-_RESULTS, _COMMON = 2 << 30, 2 << 30
+_RESULTS, _COMMON = 1 << 30, 1 << 30
 #: Figures that are remembered.
 _FIGURES = 200_000
 

@@ -70,7 +70,10 @@ def test_blocks_that_are_gone_are_counted_out(build: Any, count: str, tmp_path: 
     assert (folder / "model.safetensors").stat().st_size < stored + 20_000
 
 
-@pytest.mark.parametrize(("inner", "gone", "left"), [(1, (1, 2), 3), (1, (0, 1, 2, 3), 1), (2, (2, 3), 4)])
+@pytest.mark.parametrize(
+    ("inner", "gone", "left"),
+    [(1, (1, 2), 3), pytest.param(1, (0, 1, 2, 3), 1, marks=SLOW), pytest.param(2, (2, 3), 4, marks=SLOW)],
+)
 def test_rounds_over_the_same_weights_are_counted(inner: int, gone: tuple[int, ...], left: int, tmp_path: Path) -> None:
     config = hf.AlbertConfig(
         vocab_size=50,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "benchmarks")]
 
+import layer_tables  # noqa: E402
 import plots  # noqa: E402
 import tables  # noqa: E402
 import training  # noqa: E402
@@ -118,6 +120,26 @@ def test_layers() -> None:
         best = kl.get((model, pipeline.replace("method=search", "method=exhaustive")))
         if "method=search" in pipeline and best is not None:
             assert figure["value"] <= 1.02 * best["value"], f"{pipeline} on {model}"
+
+
+def test_corrections_branches_and_healing_are_worth_it() -> None:
+    """At equal bytes, beyond the interval."""
+    found = result("layers")
+    rows = {(row["model"], row["pipeline"]): row for row in found["rows"] if "figures" in row}
+    pairs = [
+        ("share-layers{keep=0.5,donors=0.375}", "share-layers{keep=0.5,method=search}"),
+        ("drop-layers{keep=0.75,unit=branch}", "drop-layers{keep=0.75,method=search}"),
+    ]
+    pairs += [(name, name.removesuffix(layer_tables.HEALED)) for _, name in rows if name.endswith(layer_tables.HEALED)]
+    held = 0
+    for model, (better, worse) in itertools.product(found["originals"], pairs):
+        plain = worse.replace(",method=search", "") if (model, worse) not in rows else worse
+        if (model, better) in rows and (model, plain) in rows:
+            ours, theirs = rows[model, better], rows[model, plain]
+            assert ours["figures"]["kl"]["value"] < theirs["figures"]["kl"]["low"], f"{better} on {model}"
+            assert ours["weight_bytes"] <= theirs["weight_bytes"] * 1.001
+            held += 1
+    assert held >= 8
 
 
 def test_the_plot_of_layers_shows_the_results() -> None:

@@ -27,12 +27,13 @@ from laconic.ir.program import Program
 from laconic.ir.quality import figure, measure
 from laconic.ir.types import nbytes
 from laconic.passes.aligning import match
+from laconic.passes.deciding import is_matrix
 from laconic.passes.low_rank import whitened
 from laconic.passes.manager import PassManager
 from laconic.passes.methods import methods_of
 from laconic.passes.share_layers import ShareLayers
 from laconic.passes.share_layers.grouping import fixed
-from laconic.passes.share_layers.task import ShareTask, peers_of
+from laconic.passes.share_layers.task import Peers, ShareTask, peers_of
 from sequences import Ragged
 
 DATA = Ragged((40, 28, 45, 37, 50, 33, 41, 26), rows=2)
@@ -266,13 +267,15 @@ def test_one_donor_at_least_pays_for_corrections(program: Program) -> None:
     assert any(action["rule"] == "correct" for action in plan.actions)
 
 
-def test_blocks_that_share_already_pay_for_nothing(module: nn.Module, program: Program) -> None:
+def test_blocks_that_share_already_pay_for_nothing(program: Program) -> None:
     item = ShareLayers(keep=0.5, donors=0.25, method="fixed")
     none = "these blocks have no floating-point matrices of their own"
     assert item.plan(item.apply(program, item.plan(program, DECIDED)).program, DECIDED).reason == none
-    assert item.plan(captured(shared(module, (0, 0, 0, 0))), DECIDED).reason == none
+    part, depth = program.clone(), Depth(program.clone())
+    pair = depth.blocks[1], depth.blocks[0]
+    depth.repoint(*pair, {row for row in depth.pairs(*pair) if not is_matrix(program, row)}, into=part)
     with pytest.raises(UsageError, match="do not hold as many matrices of their own") as caught:
-        item.plan(captured(shared(module, (0, 0, 2, 3))), DECIDED)
+        item.plan(part, DECIDED)
     assert caught.value.why == "some share theirs already"
 
 
@@ -388,15 +391,13 @@ def test_protected_blocks_take_no_part(method: str, program: Program) -> None:
     assert caught.value.hint == "keep more, or protect less"
 
 
-def test_a_share_that_divides_is_told() -> None:
-    depth = Depth(captured(wide(8)))
+def test_a_share_that_divides_is_told(program: Program) -> None:
+    depth = Depth(program)
     (peers,) = peers_of(depth, 0.75, protect=1)
-    assert (peers.blocks, peers.donors, peers.protected) == ((1, 2, 3, 4, 5, 6), 4, 2)
+    assert (peers.blocks, peers.donors, peers.protected) == ((1, 2), 1, 2)
     with pytest.raises(UsageError, match="6 blocks of run 0 cannot be cut into 4 groups") as caught:
-        fixed(ShareTask(depth.program, depth, None, 0, (peers,)))
+        fixed(ShareTask(program, depth, None, 0, (Peers(0, (1, 2, 3, 4, 5, 6), 4, protected=2),)))
     assert caught.value.hint == "3 groups would do, a share of 0.625, or method=search"
-    (peers,) = peers_of(depth, 0.625, protect=1)
-    assert fixed(ShareTask(depth.program, depth, None, 0, (peers,))) == (0, 1, 1, 3, 3, 5, 5, 7)
 
 
 class Masked(nn.Module):
