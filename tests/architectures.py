@@ -164,6 +164,22 @@ def whisper() -> Case:
     return hf.WhisperForConditionalGeneration(config), inputs, axes
 
 
+def albert(layers: int, width: int = 64, **changes: Any) -> Case:
+    """One block's weights in all blocks, norms too."""
+    config = hf.AlbertConfig(
+        vocab_size=100,
+        embedding_size=16,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=16,
+        **changes,
+    )
+    ids = _ids(2, 7)
+    return hf.AlbertModel(config), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, {}
+
+
 def mamba() -> Case:
     """Its scan is unrolled over the sequence, which so is fixed."""
     config = hf.MambaConfig(

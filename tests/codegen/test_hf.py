@@ -13,7 +13,7 @@ import transformers as hf
 from torch import nn
 
 import laconic
-from architectures import bert, gpt2, llama, local_by_turns, t5, vit
+from architectures import albert, bert, gpt2, llama, local_by_turns, t5, vit
 from laconic.codegen.hf import write_hf
 from laconic.ir.depth import Depth
 from laconic.ir.errors import UnsupportedError, UsageError
@@ -75,18 +75,7 @@ def test_blocks_that_are_gone_are_counted_out(build: Any, count: str, tmp_path: 
     [(1, (1, 2), 3), pytest.param(1, (0, 1, 2, 3), 1, marks=SLOW), pytest.param(2, (2, 3), 4, marks=SLOW)],
 )
 def test_rounds_over_the_same_weights_are_counted(inner: int, gone: tuple[int, ...], left: int, tmp_path: Path) -> None:
-    config = hf.AlbertConfig(
-        vocab_size=50,
-        embedding_size=8,
-        hidden_size=16,
-        num_hidden_layers=5,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=16,
-        inner_group_num=inner,
-    )
-    torch.manual_seed(0)
-    program, inputs = captured((hf.AlbertModel(config), {"input_ids": torch.randint(0, 50, (2, 7))}, None))
+    program, inputs = captured(albert(5, inner_group_num=inner))
     folder = write_hf(short := without(program, *gone), tmp_path / "hf")
     assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == left
     module = hf.AlbertModel.from_pretrained(folder).eval()

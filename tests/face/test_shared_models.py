@@ -9,30 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as hf
 from torch import nn
 
 import laconic
+from architectures import albert
 from laconic.ir.depth import Depth
 from laconic.ir.outline import outline
 from laconic.ir.program import Program
 
 WIDTH, DEPTH = 64, 6
-
-
-def albert() -> tuple[nn.Module, dict[str, Any]]:
-    """One block's weights in all blocks, norms too."""
-    config = hf.AlbertConfig(
-        vocab_size=100,
-        embedding_size=16,
-        hidden_size=WIDTH,
-        num_hidden_layers=DEPTH,
-        num_attention_heads=4,
-        intermediate_size=128,
-        max_position_embeddings=16,
-    )
-    ids = torch.randint(0, 100, (2, 7))
-    return hf.AlbertModel(config), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 class Block(nn.Module):
@@ -89,7 +74,7 @@ class Every(nn.Module):
 
 
 MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
-    "albert": albert,
+    "albert": lambda: albert(DEPTH, WIDTH)[:2],
     **{kind.__name__.lower(): lambda kind=kind: (kind(), {"x": torch.randn(3, WIDTH)}) for kind in (Loop, Wide, Every)},
 }
 
