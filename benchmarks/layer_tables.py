@@ -60,8 +60,8 @@ def together(data: dict[str, Any]) -> str:
     found: dict[str, dict[tuple[str, bool], dict[str, Any]]] = {}
     for row in data["rows"]:
         base = row["pipeline"].removesuffix(HEALED)
-        if "refused" not in row:
-            found.setdefault(base, {})[row["model"], base != row["pipeline"]] = row
+        if "refused" not in row:  # what is searched for has two names
+            found.setdefault(base.replace(",method=search", ""), {})[row["model"], base != row["pipeline"]] = row
     told = {model for base, cells in found.items() for model, healed in cells if healed or "donors=" in base}
     models = [model for model in data["originals"] if model in told]
     heads = [f"{model} | healed" for model in models]
