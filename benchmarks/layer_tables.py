@@ -8,8 +8,9 @@ from typing import Any
 
 HEALED = ",heal{steps=200}"
 
-_SINGLE = re.compile(r"(drop|share|collapse)-layers\{keep=([\d.]+)(?:,([^{}]*))?\}")
 Rows = list[dict[str, Any]]
+
+_SINGLE = re.compile(r"(drop|share|collapse)-layers\{keep=([\d.]+)(?:,([^{}]*))?\}")
 
 
 def single(pipeline: str) -> tuple[str, str, str] | None:
@@ -67,11 +68,10 @@ def together(data: dict[str, Any]) -> str:
     heads = [f"{model} | healed" for model in models]
     lines = [f"| | bytes of blocks | {' | '.join(heads)} |", "|---|---|" + "---|" * (2 * len(models))]
     for base, cells in found.items():
-        shares = {f"{kept(data, row):.0%}": model for (model, _), row in cells.items()}
-        bytes_ = " / ".join(shares)
         if any(healed for _, healed in cells) or "donors=" in base or _compared(base, found):
             each = [_cell([cells[key]] if (key := (m, h)) in cells else []) for m in models for h in (False, True)]
-            lines.append(f"| `{base}` | {bytes_} | {' | '.join(each)} |")
+            shares = dict.fromkeys(f"{kept(data, row):.0%}" for row in cells.values())
+            lines.append(f"| `{base}` | {' / '.join(shares)} | {' | '.join(each)} |")
     return "\n".join([*lines, "", NOTE])
 
 

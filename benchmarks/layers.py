@@ -20,6 +20,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from layer_tables import HEALED
+
 from laconic.data.load import load_data
 from laconic.ir.calibrate import digest
 from laconic.ir.calibration import Calibration
@@ -41,7 +43,6 @@ SEEDS = range(5)
 #: Samples a batch: what a step of training, and of a search's sieve, sees.
 BATCH = {"vit": 8, "llama-gqa": 4, "llama-mha": 4}
 METRICS = ("nats", "kl", "top1")
-HEAL = "heal{steps=200}"
 
 
 def pipelines(model: Model, keep: float) -> Iterator[tuple[str, int]]:
@@ -77,7 +78,7 @@ def together(model: Model) -> Iterator[tuple[str, int]]:
         "share-layers{keep=0.5}",
     ):
         yield share, 0
-        yield f"{share},{HEAL}", 0
+        yield share + HEALED, 0
     for keep, *fewer in ((0.75, 0.5, 0.25, 0.125), (0.5, 0.375, 0.25, 0.125)):
         yield f"share-layers{{keep={keep}}}", 0
         for donors in fewer:

@@ -53,9 +53,8 @@ _ALIGN, _MERGE, _SHARE, _CORRECT = "align", "merge", "share", "correct"
 @dataclass(frozen=True)
 class ShareLayers(Pass):
     """`protect`: so many at either end of a run take no part. `donors`: 0 for as many as `keep`, else one at least.
-    `generations`: of the
-    search, 0 for k (n - k) / 1.5 where k of n blocks share. Raises ValueError for shares and ranks that are none, and
-    UsageError for an unknown method or operator."""
+    `generations`: of the search, 0 for k (n - k) / 1.5 where k of n blocks share. Raises ValueError for shares and
+    ranks that are none, and UsageError for an unknown method or operator."""
 
     keep: float = 0.5
     method: str = "search"
