@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several side by side: more threads than cores would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+gc.set_threshold(10_000)  # graphs are many small objects: looking for cycles every 700 takes an eighth of the time
 
 
 @pytest.fixture(scope="session", autouse=True)
