@@ -67,12 +67,16 @@ def together(data: dict[str, Any]) -> str:
     models = [model for model in data["originals"] if model in told]
     heads = [f"{model} | healed" for model in models]
     lines = [f"| | bytes of blocks | {' | '.join(heads)} |", "|---|---|" + "---|" * (2 * len(models))]
-    for base, cells in found.items():
-        if any(healed for _, healed in cells) or "donors=" in base or _compared(base, found):
+    for base, cells in sorted(found.items(), key=lambda item: not _healed(item[1])):
+        if _healed(cells) or "donors=" in base or _compared(base, found):
             each = [_cell([cells[key]] if (key := (m, h)) in cells else []) for m in models for h in (False, True)]
             shares = dict.fromkeys(f"{kept(data, row):.0%}" for row in cells.values())
             lines.append(f"| `{base}` | {' / '.join(shares)} | {' | '.join(each)} |")
     return "\n".join([*lines, "", NOTE])
+
+
+def _healed(cells: dict[tuple[str, bool], dict[str, Any]]) -> bool:
+    return any(healed for _, healed in cells)
 
 
 def _compared(base: str, found: dict[str, Any]) -> bool:
