@@ -7,7 +7,8 @@ to its budget: so each state saves the same, and a step lowers one unit and rais
 costs in quality is asked of `fitness`, on some samples at a time.
 
 Errors of single units do not add up, and a state of less damage need not hold those of more: so `evolve`, the engine,
-judges whole states. `exhaustive` and `greedy` stand beside it as what it is measured against.
+judges whole states, and what it found is `settled` by swaps that help. `exhaustive` and `greedy` stand beside it as
+what it is measured against.
 """
 
 from __future__ import annotations
@@ -93,11 +94,11 @@ class Space:
         movable = [one for one in self.classes if self._swaps(state, one)]
         if not movable:
             return state
-        lower, higher = random.choice(self._swaps(state, random.choice(movable)))
-        levels = list(state)
-        levels[lower] -= 1
-        levels[higher] += 1
-        return tuple(levels)
+        return _moved(state, *random.choice(self._swaps(state, random.choice(movable))))
+
+    def neighbours(self, state: State) -> list[State]:
+        """All states that are one swap away."""
+        return [_moved(state, lower, higher) for one in self.classes for lower, higher in self._swaps(state, one)]
 
     def _swaps(self, state: State, one: Class) -> list[tuple[int, int]]:
         lower = [u for u in one.units if state[u] > 0]
@@ -110,6 +111,13 @@ class Space:
             for unit, level in zip(one.units, part, strict=True):
                 levels[unit] = level
         return tuple(levels)
+
+
+def _moved(state: State, lower: int, higher: int) -> State:
+    levels = list(state)
+    levels[lower] -= 1
+    levels[higher] += 1
+    return tuple(levels)
 
 
 def _spendings(units: int, budget: int, top: int) -> Iterator[tuple[int, ...]]:
@@ -244,6 +252,21 @@ def _offspring(space: Space, parent: State, settings: Evolution, draw: random.Ra
         if len(found) == settings.offspring:
             break
     return list(found)
+
+
+def settled(space: Space, fitness: Fitness, found: Found, batches: Sequence[int]) -> Found:
+    """What becomes of a state by swaps, each the best there is, until none is better on these batches. A state stays
+    as it is where judging all swaps once would take more than finding it did."""
+    near = space.neighbours(found.state)
+    if not near or len(near) * len(batches) > found.judged:
+        return found
+    judge = _Judge(fitness)
+    ((value, state),) = judge.best([found.state], 1, batches)
+    while True:
+        ((least, best),) = judge.best(near, 1, batches)
+        if least >= value:
+            return Found(state, value, found.judged + judge.judged)
+        value, state, near = least, best, space.neighbours(best)
 
 
 def exhaustive(

@@ -18,7 +18,7 @@ from laconic.ir.errors import UsageError
 from laconic.ir.program import Kind, Program
 from laconic.ir.score import Scorer
 from laconic.ir.statistics.rows import shape_of
-from laconic.passes.allocate import Evolution, Progress, Space, Stage, State, evolve, exhaustive, greedy
+from laconic.passes.allocate import Evolution, Found, Progress, Space, Stage, State, evolve, exhaustive, greedy, settled
 
 #: Tokens that candidates are sieved on, and that the survivors are judged on.
 _SIEVE, _FINAL = 2048, 32768
@@ -121,7 +121,7 @@ class Task(ABC):
         return [k * total // count for k in range(count)]
 
     def searched(self, what: str, start: Sequence[State] = ()) -> State:
-        """The state that evolution finds; the best of all where trying all takes less.
+        """The state that evolution finds, settled by swaps that help; the best of all where trying all takes less.
 
         Sieberling et al. 2024, "EvoPress", arXiv:2410.14649.
         """
@@ -130,20 +130,23 @@ class Task(ABC):
         settings = self._staged(Evolution(generations))
         if self.space.size() <= min(_MOST, settings.judgements(len(start)) // len(self.judged)):
             return self.best(what)
-        return self._evolved(what, start, settings)
+        told, rounds = self.progress(what), settings.generations + 1
+        found = self._evolved(start, settings, lambda done, _: told(done, rounds))
+        state = settled(self.space, self.fitness, found, self.judged).state
+        told(rounds, rounds)
+        return state
 
     def mended(self, what: str, state: State) -> State:
         """What a few generations make of a state."""
         generations = self.generations or max(2, round(sum(len(one.units) for one in self.space.classes) / 4))
-        return self._evolved(what, [state], self._staged(Evolution(generations, initial=0)))
+        return self._evolved([state], self._staged(Evolution(generations, initial=0)), self.progress(what)).state
 
     def _staged(self, settings: Evolution) -> Evolution:
         return replace(settings, stages=(Stage(2, self.batches(_SIEVE)), Stage(1, len(self.judged))))
 
-    def _evolved(self, what: str, start: Sequence[State], settings: Evolution) -> State:
+    def _evolved(self, start: Sequence[State], settings: Evolution, progress: Progress) -> Found:
         count, seed = len(self.scorer.tokens), self.data.seed
-        told = self.progress(what)
-        return evolve(self.space, self.fitness, count, settings, seed=seed, start=start, progress=told).state
+        return evolve(self.space, self.fitness, count, settings, seed=seed, start=start, progress=progress)
 
     def best(self, what: str) -> State:
         """The best of all states. Raises UsageError if there are too many."""

@@ -9,7 +9,19 @@ from collections.abc import Sequence
 import pytest
 
 from laconic.ir.errors import UsageError
-from laconic.passes.allocate import Class, Evolution, Fitness, Space, Stage, State, evolve, exhaustive, greedy
+from laconic.passes.allocate import (
+    Class,
+    Evolution,
+    Fitness,
+    Found,
+    Space,
+    Stage,
+    State,
+    evolve,
+    exhaustive,
+    greedy,
+    settled,
+)
 
 SPACES = [
     Space(6, (Class((0, 1, 2, 3, 4, 5), 2),)),
@@ -132,3 +144,36 @@ def test_a_good_start_is_taken() -> None:
         space, lambda state, batches: float(state != start), 2, Evolution(1, offspring=2, initial=2), start=[start]
     )
     assert found.state == start
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_settled_where_no_swap_helps(seed: int) -> None:
+    space = Space(12, (Class((0, 2, 4, 6, 8, 10), 3), Class((1, 3, 5, 7, 9, 11), 2)))
+    judge, seen = fitness(rugged(seed, 12)), []
+
+    def watched(state: State, batches: Sequence[int]) -> float:
+        seen.append(state)
+        return judge(state, batches)
+
+    first = Found(space.draw(random.Random(seed)), math.inf, 1000)
+    found = settled(space, watched, first, range(2))
+    assert all(space.legal(state) for state in seen)
+    assert found.judged == first.judged + 2 * len(seen)
+    assert found.state != first.state
+    assert found.fitness == judge(found.state, range(2)) < judge(first.state, range(2))
+    near = space.neighbours(found.state)
+    assert len(set(near)) == 3 * 3 + 2 * 4
+    assert found.fitness <= min(judge(state, range(2)) for state in near)
+    assert settled(space, judge, found, range(2)).state == found.state
+
+
+def test_settling_takes_no_more_than_searching_did() -> None:
+    space = Space(6, (Class(tuple(range(6)), 3),))
+    first = Found((1, 1, 1, 0, 0, 0), 1.0, judged=9 * 4 - 1)
+
+    def unasked(state: State, batches: Sequence[int]) -> float:
+        raise AssertionError("judged")
+
+    assert settled(space, unasked, first, range(4)) == first
+    alone = Found((1, 1), 1.0, judged=100)
+    assert settled(Space(2, (Class((0, 1), 2),)), unasked, alone, range(4)) == alone
