@@ -117,8 +117,9 @@ def test_layers() -> None:
         if "drop-layers" in pipeline and pipeline.endswith("method=search}"):
             other = kl[model, pipeline.replace("search", "influence")]
             assert figure["low"] <= other["high"], f"{pipeline} on {model}"
-        best = kl.get((model, pipeline.replace("method=search", "method=exhaustive")))
-        if "method=search" in pipeline and best is not None:
+        tried = pipeline.replace("method=search", "method=exhaustive").replace("branch}", "branch,method=exhaustive}")
+        best = kl.get((model, tried))
+        if tried != pipeline and best is not None:
             assert figure["value"] <= 1.02 * best["value"], f"{pipeline} on {model}"
 
 
@@ -126,9 +127,13 @@ def test_corrections_branches_and_healing_are_worth_it() -> None:
     """At equal bytes, beyond the interval."""
     found = result("layers")
     rows = {(row["model"], row["pipeline"]): row for row in found["rows"] if "figures" in row}
+    fold = "drop-layers{keep=0.75,method=gates},share-layers{keep=0.67,method=functional}" + layer_tables.HEALED
     pairs = [
+        ("share-layers{keep=0.75,donors=0.25}", "share-layers{keep=0.75,method=search}"),
         ("share-layers{keep=0.5,donors=0.375}", "share-layers{keep=0.5,method=search}"),
         ("drop-layers{keep=0.75,unit=branch}", "drop-layers{keep=0.75,method=search}"),
+        (fold, "drop-layers{keep=0.5,method=influence}" + layer_tables.HEALED),
+        (fold, "collapse-layers{keep=0.5}" + layer_tables.HEALED),
     ]
     pairs += [(name, name.removesuffix(layer_tables.HEALED)) for _, name in rows if name.endswith(layer_tables.HEALED)]
     held = 0
@@ -137,9 +142,9 @@ def test_corrections_branches_and_healing_are_worth_it() -> None:
         if (model, better) in rows and (model, plain) in rows:
             ours, theirs = rows[model, better], rows[model, plain]
             assert ours["figures"]["kl"]["value"] < theirs["figures"]["kl"]["low"], f"{better} on {model}"
-            assert ours["weight_bytes"] <= theirs["weight_bytes"] * 1.001
+            assert ours["weight_bytes"] <= theirs["weight_bytes"] * 1.005  # blocks that share keep their norms
             held += 1
-    assert held >= 8
+    assert held >= 20
 
 
 def test_the_plot_of_layers_shows_the_results() -> None:
